@@ -1,0 +1,182 @@
+"""The one base class of selection methods, and what a method is handed.
+
+A method says which signals it reads, may ask for more signals on some rows once it has seen the
+first ones, and turns them into scores. It opens no file and runs no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import xxhash
+
+from llava.errors import NonFiniteError
+from selection.budget import top_k
+
+if TYPE_CHECKING:
+    from selection.pool import Pool
+    from selection.store import StoreReader
+
+
+@dataclass(frozen=True)
+class Request:
+    """A signal wanted on some pool rows only; `rows` (n,) int64, ascending."""
+
+    signal: Any
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method decided after the first signals: further requests, and its own `state`.
+
+    It is made again, not stored, when an interrupted run continues; so it has to be a function of
+    the signals, the settings and the generator alone.
+    """
+
+    requests: Mapping[str, Request] = field(default_factory=dict)
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Result of a method: `scores` (N,) float64, higher is better, NaN = cannot be selected.
+
+    `artefacts` are kept in the run folder under their names: arrays as they are, everything else
+    as JSON. `notes` are sentences for the manifest and the terminal.
+    """
+
+    scores: np.ndarray
+    artefacts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may know: facts of the pool, readers of the signals by name, its own plan."""
+
+    pool: Pool
+    readers: Mapping[str, StoreReader] = field(default_factory=dict)
+    plan: Plan = Plan()
+
+    def keys(self, rng: np.random.Generator) -> np.ndarray:
+        """Independent uniform numbers in [0, 1), one per sample, (N,) float64.
+
+        They follow a sample's content, not its place: another order of the pool gives every sample
+        the same number. Consumes one draw of `rng`; copies of one sample get different numbers.
+        """
+        return _uniform(self.pool.uids, self._copies, rng.integers(2**63, dtype=np.uint64))
+
+    def values(self, signal: str, column: str) -> np.ndarray:
+        """A scalar column by pool row, (N,) float64; NaN where the sample could not be scored."""
+        reader = self.readers[signal]
+        out = np.full(len(self.pool), np.nan)
+        out[reader.rows] = reader.column(column)
+        out[[bad["row"] for bad in reader.bad]] = np.nan
+        return out
+
+    @cached_property
+    def _copies(self) -> np.ndarray:
+        """How many samples with the same uid stand before each sample, (N,)."""
+        whole = np.ascontiguousarray(self.pool.uids).view("V16").ravel()
+        _, group, counts = np.unique(whole, return_inverse=True, return_counts=True)
+        copies = np.zeros(len(whole), np.uint64)
+        order = np.argsort(group, kind="stable")
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        copies[order] = np.arange(len(whole)) - first
+        return copies
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """A method without settings."""
+
+
+class Method:
+    """Base of every method. The class stands in `selection/methods/<name>.py` and is found there.
+
+    A subclass sets `Settings` (a frozen dataclass; the sentence under each field is the command
+    line's help), and overrides `score`, and as needed `signals`, `plan` and `select`.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type] = NoSettings
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    rounding: ClassVar[str] = "nearest"
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__module__.rpartition(".")[2]
+
+    def __init__(self, settings: Any = None) -> None:
+        self.settings = self.Settings() if settings is None else settings
+
+    def signals(self) -> dict[str, Any]:
+        """Signals wanted for the whole pool before anything else, by the name to read them by."""
+        return {}
+
+    def plan(self, context: Context, rng: np.random.Generator) -> Plan:
+        """Second stage: what else has to be computed and on which rows, given the first signals."""
+        return Plan()
+
+    def score(self, context: Context, rng: np.random.Generator) -> Scored:
+        """Scores of the whole pool, from `context.readers` and `context.plan`."""
+        raise NotImplementedError
+
+    def select(self, context: Context, scores: np.ndarray, k: int) -> np.ndarray:
+        """The `k` rows to keep, ascending, (k,) int64. The rule is "the best" unless overridden."""
+        return top_k(scores, k).rows
+
+    def run(
+        self,
+        context: Context,
+        seed: int,
+        extract: Callable[[Mapping[str, Request]], Mapping[str, StoreReader]],
+    ) -> Scored:
+        """Plan, let `extract` compute what the plan asks for, score, and check the scores.
+
+        `context.readers` holds the signals of `signals()`. Raises NonFiniteError for an infinite
+        score; rows that the pool lists as bad get NaN.
+        """
+        plan = self.plan(context, stream(seed, self.name, "plan"))
+        more = extract(plan.requests) if plan.requests else {}
+        context = replace(context, readers={**context.readers, **more}, plan=plan)
+        scored = self.score(context, stream(seed, self.name, "score"))
+        return replace(scored, scores=self._checked(scored.scores, context.pool))
+
+    def _checked(self, scores: np.ndarray, pool: Pool) -> np.ndarray:
+        if scores.shape != (len(pool),) or scores.dtype != np.float64:
+            raise TypeError(f"{self.name}: scores are {scores.dtype} {scores.shape}")
+        if np.isinf(scores).any():
+            row = int(np.flatnonzero(np.isinf(scores))[0])
+            raise NonFiniteError(
+                f"{self.name}: the score of row {row} is {scores[row]}: a signal overflowed; "
+                "extract it again with --dtype float32"
+            )
+        scores = scores.copy()
+        scores[list(pool.bad)] = np.nan
+        return scores
+
+
+def stream(seed: int, *names: str) -> np.random.Generator:
+    """The generator of one purpose: a function of seed and names, not of what ran before."""
+    words = np.frombuffer(xxhash.xxh3_128_digest("/".join(names).encode()), np.uint32)
+    return np.random.default_rng([seed, *words.tolist()])
+
+
+def _uniform(uids: np.ndarray, copies: np.ndarray, salt: np.uint64) -> np.ndarray:
+    """Hash `uids` (N, 16) uint8, the copy number and the salt to uniform numbers in [0, 1)."""
+    low, high = np.ascontiguousarray(uids).view("<u8").reshape(-1, 2).T
+    bits = _mix(_mix(_mix(low ^ salt) ^ high) + copies)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Finaliser of SplitMix64 (Steele et al. 2014): a bijection of uint64 that mixes all bits."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
