@@ -1,0 +1,269 @@
+"""The pool: candidate samples of one LLaVA JSON or JSON-lines file, memory-mapped.
+
+Opening a pool reads the file once and keeps offsets and a few bytes per sample, never the records:
+they are decoded again where they are needed. `row` is the position in the file; `uid` is a hash of
+id, image reference and conversations, so it does not depend on the position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from array import array
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import xxhash
+
+from llava.errors import DataError, UsageError
+from selection.scan import line_number, split
+
+MAX_RECORD_BYTES = 16 * 2**20
+MAX_TURNS = 10_000
+_CHUNK_BYTES = 4 * 2**20  # decoded at a time: memory stays at about ten times this
+
+
+class Turn(msgspec.Struct, gc=False):
+    from_: str = msgspec.field(name="from")
+    value: str
+
+
+class Record(msgspec.Struct, gc=False):
+    id: str | int | float | None = None
+    image: str | msgspec.UnsetType = msgspec.UNSET
+    conversations: list[Turn] = msgspec.field(default_factory=list)
+
+    @property
+    def has_image(self) -> bool:
+        return self.image is not msgspec.UNSET
+
+
+class Sample(Record, gc=False):
+    """A record with the keys that may name its source."""
+
+    source: Any = None
+    dataset: Any = None
+    meta: Any = None
+
+
+_decode_sample = msgspec.json.Decoder(Sample).decode
+_decode_samples = msgspec.json.Decoder(list[Sample]).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def source_of(sample: Sample) -> str:
+    """The data set a sample comes from.
+
+    The key `source`, `dataset` or `meta.source` where there is one; else, for the LLaVA-1.5
+    mixture, from the image folder and, within COCO, the wording of the first question (VQAv2 and
+    OKVQA cannot be told apart); else the first folder of the image reference.
+    """
+    meta = sample.meta.get("source") if isinstance(sample.meta, dict) else None
+    for value in (sample.source, sample.dataset, meta):
+        if isinstance(value, str) and value:
+            return value
+    if not isinstance(sample.image, str):
+        return "sharegpt"
+    folder, slash, _ = sample.image.partition("/")
+    if folder != "coco":
+        named = {"ocr_vqa": "ocrvqa", "textvqa": "textcaps"}
+        return named.get(folder, folder) if slash else "unknown"
+    text = first_human(sample)
+    if "option's letter" in text:
+        return "aokvqa"
+    if "bounding box coordinate" in text or "short description for this region" in text:
+        return "refcoco"
+    return "vqav2+okvqa" if "single word or phrase" in text else "llava_instruct"
+
+
+def first_human(record: Record) -> str:
+    """Text of the first human turn, with its `<image>` placeholder."""
+    return next((turn.value for turn in record.conversations if turn.from_ == "human"), "")
+
+
+@dataclass
+class Pool:
+    """N samples of a file. Row-wise arrays are aligned with the file.
+
+    `uids` (N, 16) uint8; `has_image` (N,) bool; `source_codes` (N,) int32 into `source_names`;
+    `bad` maps rows that violate the schema to the reason: they cannot be scored or selected;
+    `duplicate_ids` counts samples whose id an earlier one has (1 and "1" differ).
+    """
+
+    path: Path
+    sha256: str
+    uids: np.ndarray
+    has_image: np.ndarray
+    source_codes: np.ndarray
+    source_names: tuple[str, ...]
+    bad: dict[int, str]
+    duplicate_ids: int
+    starts: np.ndarray = field(repr=False)
+    ends: np.ndarray = field(repr=False)
+    _buffer: Any = field(repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: str | Path, limit: int | None = None) -> Pool:
+        """Read the first `limit` (default: all) samples of a JSON list or JSON-lines file.
+
+        Raises UsageError when there is no such file or `limit` is no positive number, DataError
+        when it is not a pool, is empty, or holds no usable record.
+        """
+        path = Path(path)
+        if limit is not None and limit < 1:
+            raise UsageError(f"limit {limit}: give a positive number of records")
+        buffer = _map(path)
+        with ThreadPoolExecutor(1) as executor:  # hashing runs beside the parser
+            digest = executor.submit(lambda: hashlib.sha256(buffer).hexdigest())
+            starts, ends, is_list = split(buffer, path)
+            index = _Index(buffer, path, starts[:limit], ends[:limit], is_list)
+        return cls(
+            path=path,
+            sha256=digest.result(),
+            uids=np.frombuffer(bytes(index.uids), np.uint8).reshape(-1, 16),
+            has_image=np.frombuffer(bytes(index.has_image), bool),
+            source_codes=np.frombuffer(index.codes, np.int32),
+            source_names=tuple(index.names),
+            bad=index.bad,
+            duplicate_ids=len(index.ids) - len(np.unique(np.array(index.ids, np.uint64))),
+            starts=starts[:limit],
+            ends=ends[:limit],
+            _buffer=buffer,
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def raw(self, row: int) -> bytes:
+        """The record exactly as it stands in the file."""
+        return self._buffer[self.starts[row] : self.ends[row]]
+
+    def record(self, row: int) -> Record:
+        """The decoded record; raises DataError for a row in `bad`."""
+        if row in self.bad:
+            raise DataError(f"{self.path}: row {row}: {self.bad[row]}")
+        return _decode_sample(self.raw(row))
+
+    def first_human(self, row: int) -> str:
+        """Text of the first human turn; raises DataError for a row in `bad`."""
+        return first_human(self.record(row))
+
+    def id(self, row: int) -> Any:
+        """The record's own `id` (opaque, may repeat); None where there is none."""
+        try:
+            return msgspec.json.decode(self.raw(row), type=_Id).id
+        except msgspec.MsgspecError:
+            return None
+
+    def uid(self, row: int) -> str:
+        """32 hexadecimal digits."""
+        return self.uids[row].tobytes().hex()
+
+    @property
+    def sources(self) -> np.ndarray:
+        """Source name of every sample, (N,) str; rows in `bad` have "unknown"."""
+        return np.array(self.source_names)[self.source_codes]
+
+    def digest(self, rows: np.ndarray | None = None) -> str:
+        """xxh3-128 hex of the contents of `rows` (default: all), in that order."""
+        uids = self.uids if rows is None else self.uids[rows]
+        return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(uids))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_buffer": None}  # a process that is spawned maps the file again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _buffer=_map(state["path"]))
+
+
+class _Id(msgspec.Struct):
+    id: Any = None
+
+
+class _Index:
+    """One pass over the records that collects the row-wise facts of a pool."""
+
+    def __init__(self, buffer, path: Path, starts, ends, is_list: bool) -> None:
+        self.uids, self.has_image = bytearray(), bytearray()
+        self.codes, self.ids = array("i"), array("Q")
+        self.names: dict[str, int] = {}
+        self.bad: dict[int, str] = {}
+        self._buffer, self._path, self._is_list = buffer, path, is_list
+        cuts = np.searchsorted(ends, np.arange(starts[0], ends[-1], _CHUNK_BYTES))
+        cuts = np.unique([*cuts, len(starts)])
+        for first, last in zip([0, *cuts], cuts, strict=False):
+            self._add_chunk(int(first), starts[first:last].tolist(), ends[first:last].tolist())
+        if len(self.bad) == len(starts):
+            row, reason = next(iter(self.bad.items()))
+            raise DataError(f"{path}: no record is usable; row {row}: {reason}")
+
+    def _add_chunk(self, first: int, starts: list[int], ends: list[int]) -> None:
+        raws = [self._buffer[a:b] for a, b in zip(starts, ends, strict=True)]
+        samples: Iterable[Sample | str]
+        try:
+            if max(map(len, raws), default=0) > MAX_RECORD_BYTES:
+                raise msgspec.ValidationError
+            samples = _decode_samples(b"[" + b",".join(raws) + b"]")
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            samples = [self._decode(raw, a) for raw, a in zip(raws, starts, strict=True)]
+        for row, (raw, sample) in enumerate(zip(raws, samples, strict=True), first):
+            problem = sample if isinstance(sample, str) else _problem(sample)
+            if problem:
+                self.bad[row] = problem
+                self._add(xxhash.xxh3_128_digest(raw), False, "unknown")
+                continue
+            image = sample.image if sample.has_image else None
+            key = (sample.id, image, sample.conversations)
+            self._add(xxhash.xxh3_128_digest(_encode(key)), sample.has_image, source_of(sample))
+            if sample.id is not None:
+                self.ids.append(xxhash.xxh3_64_intdigest(_encode(sample.id)))
+
+    def _add(self, uid: bytes, has_image: bool, source: str) -> None:
+        self.uids += uid
+        self.has_image.append(has_image)
+        self.codes.append(self.names.setdefault(source, len(self.names)))
+
+    def _decode(self, raw: bytes, start: int) -> Sample | str:
+        """The record, or why it cannot be used; raises DataError where a line is no JSON."""
+        if len(raw) > MAX_RECORD_BYTES:
+            return f"{len(raw)} bytes, more than the limit of {MAX_RECORD_BYTES}"
+        try:
+            return _decode_sample(raw)
+        except msgspec.ValidationError as error:
+            return str(error)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            if self._is_list:
+                return str(error)
+            line = line_number(self._buffer, start)
+            raise DataError(
+                f"{self._path}: line {line}: not JSON ({error}): correct or remove this line"
+            ) from error
+
+
+def _problem(record: Record) -> str | None:
+    roles = [turn.from_ for turn in record.conversations]
+    if not roles:
+        return "no turns in `conversations`"
+    if len(roles) > MAX_TURNS:
+        return f"{len(roles)} turns, more than the limit of {MAX_TURNS}"
+    return None
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    """The file's bytes without reading them into memory."""
+    if not path.exists():
+        raise UsageError(f"{path}: no such pool file: check --pool")
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder: name the JSON file in it")
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:  # an empty file cannot be mapped
+        raise DataError(f"{path}: the file is empty: the pool needs at least one record") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read: {error.strerror}") from error
