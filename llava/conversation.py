@@ -138,7 +138,7 @@ def check_turns(turns: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
 
 
 def place_image(text: str) -> str:
-    """Gather every `<image>` of a turn into one, on a line of its own in front (LLaVA's pre-pass)."""
+    """Gather the `<image>`s of a turn into one, on its own line in front (LLaVA's pre-pass)."""
     if IMAGE_TOKEN not in text:
         return text
     rest = text.replace(IMAGE_TOKEN, "").strip()
