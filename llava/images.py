@@ -48,6 +48,7 @@ class BadImage(UserError):
     def __init__(self, reason: str, ref: str | None = None, refused: bool = False) -> None:
         super().__init__(reason if ref is None else f"image {shortened(ref)}: {reason}")
         self.reason = reason
+        self.refused = refused
         if refused:
             self.exit_code = RefusedError.exit_code
 
@@ -123,7 +124,7 @@ def _decode(file: Any, ref: str, max_pixels: float) -> Image.Image:
         try:
             image = Image.open(file, formats=FORMATS)
             width, height = image.size
-            if width * height > max_pixels:
+            if not 0 < width * height <= max_pixels:
                 raise BadImage(f"{width} x {height} pixels, the limit is {max_pixels:.0f}", ref)
             image.load()
             return _to_rgb(image, ref)

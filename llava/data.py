@@ -1,0 +1,309 @@
+"""LLaVA JSON to model input: records, dataset, collator and sampler, for training and for scoring.
+
+`python -m llava.data show` (`llava.show`) prints what the model will see; docs/Data.md describes the format.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from llava.conversation import Template, check_turns
+from llava.errors import DataError, UsageError, run_main
+from llava.images import BadImage, ImageProcessor, open_image
+from llava.tokens import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    Encoded,
+    Tokenizer,
+    encode_conversation,
+)
+
+MAX_CHARACTERS = 2_000_000  # of one conversation; about 250 times what LLaVA-1.5 can read
+
+
+class Turn(msgspec.Struct, rename={"from_": "from"}):
+    """One message, `from_` "human" or "gpt"."""
+
+    from_: str
+    value: str
+
+
+class Record(msgspec.Struct):
+    """One LLaVA sample. Unknown keys are ignored; `id` is opaque and need not be unique."""
+
+    conversations: list[Turn]
+    id: Any = None
+    image: str | None = None
+    """Path relative to the image folder; without this key (or null) the record is text-only."""
+
+    @property
+    def has_image(self) -> bool:
+        return self.image is not None
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        return [(turn.from_, turn.value) for turn in self.conversations]
+
+
+_DECODER = msgspec.json.Decoder(Record)
+
+
+def decode_record(raw: bytes | msgspec.Raw, where: str) -> Record:
+    """Read and check one record; DataError beginning with `where` (file and row) if it is bad."""
+    try:
+        record = _DECODER.decode(raw)
+        check_turns(record.turns)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, DataError) as error:
+        raise DataError(f"{where}: {error}{_remedy(error)}") from error
+    length = sum(len(turn.value) for turn in record.conversations)
+    if length > MAX_CHARACTERS:
+        raise DataError(f"{where}: {length} characters, more than {MAX_CHARACTERS}; split it")
+    return record
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, DataError):
+        return ""
+    if str(error).endswith("`$.image`"):
+        return "; image is one relative path, or the key is left out"
+    return '; a record is {"id", "image" (optional), "conversations": [{"from", "value"}, ...]}'
+
+
+def raw_records(path: str | Path) -> list[msgspec.Raw]:
+    """The records of a JSON list or of a file with one JSON object a line, undecoded.
+
+    Raises UsageError if the file cannot be read, DataError if it is neither or holds no record.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    if content.startswith(b"["):
+        try:
+            records = msgspec.json.decode(content, type=list[msgspec.Raw])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise DataError(f"{path}: not JSON ({error})") from error
+    elif content.startswith(b"{"):
+        records = [msgspec.Raw(line) for line in content.split(b"\n") if line.strip()]
+    else:
+        raise DataError(f"{path}: expected a JSON list of records, or one record a line")
+    if not records:
+        raise DataError(f"{path}: holds no records")
+    return records
+
+
+def load_records(path: str | Path) -> list[Record]:
+    """All records of a file; DataError naming the file and row of the first bad one."""
+    return [decode_record(raw, f"{path}: row {i}") for i, raw in enumerate(raw_records(path))]
+
+
+class ConversationDataset(Dataset):
+    """Records as model input: `input_ids` and `labels` (L,) int64, `pixel_values` or None.
+
+    `pixel_values` (3, size, size) float32 is there exactly when `input_ids` holds
+    IMAGE_TOKEN_INDEX: an image whose record never says `<image>` is not read, because it would
+    reach no position (LLaVA encodes it and throws it away). `extra_roots`: see `open_image`.
+
+    An item raises DataError or BadImage naming its row; no item is ever replaced by another.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        image_folder: str | Path,
+        template: Template,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor | None,
+        extra_roots: Sequence[Path] = (),
+    ) -> None:
+        self.records = records
+        self.image_folder = Path(image_folder)
+        self.template = template
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.extra_roots = extra_roots
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor | None]:
+        record = self.records[row]
+        try:
+            encoded = encode_conversation(
+                record.turns, record.has_image, self.template, self.tokenizer
+            )
+            shows_image = bool((encoded.input_ids == IMAGE_TOKEN_INDEX).any())
+            pixels = self._pixels(record.image) if shows_image else None
+        except BadImage as error:
+            message = f"row {row} (id {record.id!r}): {error}"
+            raise BadImage(message, refused=error.refused) from error
+        except DataError as error:
+            raise DataError(f"row {row} (id {record.id!r}): {error}") from error
+        return {**encoded._asdict(), "pixel_values": pixels}
+
+    def _pixels(self, ref: str) -> torch.Tensor:
+        if self.image_processor is None:
+            raise DataError("has an image, but the model has no vision tower")
+        return self.image_processor(
+            open_image(self.image_folder, ref, extra_roots=self.extra_roots)
+        )
+
+    def modality_lengths(self) -> list[int]:
+        """Words of each record, negative for text-only ones: what the sampler groups by."""
+        words = [sum(len(turn.value.split()) for turn in r.conversations) for r in self.records]
+        return [n if r.has_image else -n for n, r in zip(words, self.records, strict=True)]
+
+
+def expand_image(
+    encoded: Encoded, n_image_tokens: int, image_token_id: int, model_max_length: int
+) -> Encoded:
+    """Replace the image placeholder by its positions, then cut at `model_max_length`.
+
+    Image positions are `image_token_id` and unsupervised. DataError if the cut goes through them.
+    """
+    ids, labels = encoded
+    places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+    if places:
+        (at,) = places
+        if at + n_image_tokens > model_max_length:
+            raise DataError(
+                f"the image ends at position {at + n_image_tokens}, beyond the maximum length of "
+                f"{model_max_length}; shorten the text before it or raise model_max_length"
+            )
+        image = torch.full((n_image_tokens,), image_token_id)
+        ids = torch.cat([ids[:at], image, ids[at + 1 :]])
+        ignored = torch.full((n_image_tokens,), IGNORE_INDEX)
+        labels = torch.cat([labels[:at], ignored, labels[at + 1 :]])
+    return Encoded(ids[:model_max_length], labels[:model_max_length])
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Items of `ConversationDataset` to a batch, padded on the right.
+
+    `input_ids`, `labels`, `attention_mask` are (B, L) int64; `pixel_values` (n, 3, S, S) float32
+    has one row for each item with an image, in order. A batch without any gets one zero image and
+    `dummy_image=True`: every rank must run the vision tower in every step, or ZeRO-3 waits for
+    ever (P19); the trainer multiplies its features by zero. With `image_size=None` (a language
+    model alone) a batch never holds pixels.
+    """
+
+    pad_id: int
+    image_token_id: int
+    n_image_tokens: int
+    model_max_length: int
+    image_size: int | None
+
+    def __call__(self, items: Sequence[dict[str, torch.Tensor | None]]) -> dict[str, Any]:
+        encoded = [
+            expand_image(
+                Encoded(item["input_ids"], item["labels"]),
+                self.n_image_tokens,
+                self.image_token_id,
+                self.model_max_length,
+            )
+            for item in items
+        ]
+        mask = [torch.ones_like(e.input_ids) for e in encoded]
+        batch: dict[str, Any] = {
+            "input_ids": _pad([e.input_ids for e in encoded], self.pad_id),
+            "labels": _pad([e.labels for e in encoded], IGNORE_INDEX),
+            "attention_mask": _pad(mask, 0),
+        }
+        images = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
+        if images:
+            batch["pixel_values"] = torch.stack(images)
+        elif self.image_size is not None:
+            batch["pixel_values"] = torch.zeros(1, 3, self.image_size, self.image_size)
+            batch["dummy_image"] = True
+        return batch
+
+
+def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+class ModalityLengthSampler(Sampler[int]):
+    """Row order in which a global step sees one modality and similar lengths, as LLaVA trains.
+
+    Args:
+        lengths: (N,) words of each row, never 0, negative for text-only rows.
+        batch_size: rows of one device and step.
+        world_size: devices times gradient accumulation steps.
+        generator: source of randomness; give every rank the same state. It advances each epoch.
+
+    Only the last block of `2 * batch_size * world_size` rows or fewer can mix modalities.
+    Raises DataError on a zero length.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator
+    ) -> None:
+        if 0 in lengths:
+            raise DataError(f"row {lengths.index(0)} has no words, so it cannot be grouped")
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.world_size = world_size
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rows = range(len(self.lengths))
+        with_image = [row for row in rows if self.lengths[row] > 0]
+        text_only = [row for row in rows if self.lengths[row] < 0]
+        if not with_image or not text_only:
+            return iter(self._grouped(rows, self.lengths))
+        steps, leftover = [], []
+        for modality in (with_image, text_only):
+            lengths = [abs(self.lengths[row]) for row in modality]
+            *full, last = self._megabatches(self._grouped(modality, lengths))
+            steps += full
+            leftover += last
+        order = torch.randperm(len(steps), generator=self.generator).tolist()
+        return iter([row for step in order for row in steps[step]] + sorted(leftover))
+
+    def _megabatches(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        size = self.batch_size * self.world_size
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _grouped(self, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Shuffle, cut in global steps, and deal each so that devices get about equal work."""
+        shuffled = torch.randperm(len(rows), generator=self.generator).tolist()
+        order: list[int] = []
+        for step in self._megabatches(shuffled):
+            longest_first = sorted(step, key=lambda i: -lengths[i])
+            for share in deal_evenly(longest_first, lengths, self.world_size):
+                order += [rows[i] for i in share]
+        return order
+
+
+def deal_evenly(items: Sequence[int], lengths: Sequence[int], n_shares: int) -> list[list[int]]:
+    """Deal items, each to the shortest share that still has room; strided if counts differ."""
+    if len(items) % n_shares:
+        return [list(items[start::n_shares]) for start in range(n_shares)]
+    capacity = len(items) // n_shares
+    shares: list[list[int]] = [[] for _ in range(n_shares)]
+    open_shares = [(0, share) for share in range(n_shares)]  # a heap: shortest, then first
+    for item in items:
+        total, share = heapq.heappop(open_shares)
+        shares[share].append(item)
+        if len(shares[share]) < capacity:
+            heapq.heappush(open_shares, (total + lengths[item], share))
+    return shares
+
+
+if __name__ == "__main__":
+    from llava.show import main
+
+    run_main(main)

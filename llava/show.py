@@ -1,0 +1,101 @@
+"""`python -m llava.data show`: what the model will see of each record, to debug data or a template."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from llava.conversation import IMAGE_TOKEN, Segment, get_template, render
+from llava.data import Record, decode_record, raw_records
+from llava.errors import DataError, UsageError
+from llava.images import BadImage, open_image
+from llava.tokens import IGNORE_INDEX, Encoded, load_tokenizer, tokenize
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Print what the model will see of each record; returns the exit code (0, 65 or 77)."""
+    template = get_template(arguments.template)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    if arguments.images is not None and not Path(arguments.images).is_dir():
+        raise UsageError(f"{arguments.images}: no such image folder")
+    worst = 0
+    for row, raw in enumerate(raw_records(arguments.data)[: arguments.limit]):
+        where = f"{arguments.data}: row {row}"
+        try:
+            record = decode_record(raw, where)
+        except DataError as error:
+            worst = max(worst, _report(error))
+            continue
+        try:
+            segments = render(template, record.turns, record.has_image)
+            encoded = tokenize(segments, tokenizer, record.has_image)
+        except DataError as error:
+            worst = max(worst, _report(DataError(f"{where}: {error}")))
+            continue
+        (_print_json if arguments.json else _print_view)(row, record, segments, encoded)
+        if arguments.images is not None and record.image is not None:
+            try:
+                open_image(arguments.images, record.image, extra_roots=arguments.extra_roots)
+            except BadImage as error:
+                worst = max(worst, _report(BadImage(f"{where}: {error}", refused=error.refused)))
+    return worst
+
+
+def _report(error: DataError | BadImage) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _print_json(row: int, record: Record, segments: list[Segment], encoded: Encoded) -> None:
+    supervised = (encoded.labels != IGNORE_INDEX).nonzero().flatten()
+    line = {
+        "row": row,
+        "id": record.id,
+        "input_ids": encoded.input_ids.tolist(),
+        "supervised": supervised.tolist(),
+        "text": "".join(segment.text for segment in segments),
+    }
+    print(msgspec.json.encode(line).decode())
+
+
+def _print_view(row: int, record: Record, segments: list[Segment], encoded: Encoded) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    n_supervised = int((encoded.labels != IGNORE_INDEX).sum())
+    title = f"row {row}  id {record.id!r}  {len(encoded.input_ids)} ids, {n_supervised} supervised"
+    if record.image is not None:
+        title += f"  image {record.image!r}"
+    view = Text(title + "\n", style="bold")
+    for segment in segments:
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], segment.text)
+        marked = text if console.is_terminal or not segment.supervised else f"⟦{text}⟧"
+        view.append(marked, style="not bold green" if segment.supervised else "not bold")
+    if record.has_image:
+        view.highlight_words([IMAGE_TOKEN], style="black on magenta")
+    console.print(view, end="\n\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.data", description=(__doc__ or "").splitlines()[0]
+    )
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "show", help="print what the model will see of each record", description=show.__doc__
+    )
+    command.add_argument("--data", required=True, help="JSON list, or one record a line")
+    command.add_argument("--images", help="image folder; bad images are reported when given")
+    command.add_argument("--template", default="v1", help="conversation template")
+    command.add_argument("--tokenizer", required=True, help="folder with tokenizer.model or .json")
+    command.add_argument("--json", action="store_true", help="one JSON object a line")
+    command.add_argument("--limit", type=int, help="first N records only")
+    command.add_argument(
+        "--extra-roots", type=Path, nargs="+", default=(), help="folders that links may lead to"
+    )
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends quietly
+    sys.exit(show(parser.parse_args()))
