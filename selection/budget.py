@@ -74,14 +74,14 @@ def top_k(scores: np.ndarray, k: int, eligible: np.ndarray | None = None) -> Sel
             f"{k} samples are to be selected but only {len(candidates)} of {len(scores)} can be "
             "(the others have no score or are excluded): lower --budget"
         )
-    # 0.0 - s, not -s: both zeros become the same key; stable keeps pool order within ties
-    order = candidates[np.argsort(0.0 - scores[candidates], kind="stable")]
+    order = candidates[np.argsort(-scores[candidates], kind="stable")]  # stable: ties in pool order
     taken, left = order[:k], order[k:]
     cut = float(scores[taken[-1]]) if k else np.inf
+    best_left = float(scores[left[0]]) if len(left) else -np.inf
     return Selection(
         rows=np.sort(taken),
         cut=cut,
-        margin=float(cut - scores[left[0]]) if len(left) else np.inf,
+        margin=0.0 if best_left == cut else cut - best_left,
         n_tied=int(np.count_nonzero(scores[candidates] == cut)),
         n_tied_taken=int(np.count_nonzero(scores[taken] == cut)),
     )

@@ -8,9 +8,9 @@ id, image reference and conversations, so it does not depend on the position.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import mmap
 from array import array
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,60 +20,54 @@ import msgspec
 import numpy as np
 import xxhash
 
+from llava.data import Record, decode_record
 from llava.errors import DataError, UsageError
 from selection.scan import line_number, split
 
 MAX_RECORD_BYTES = 16 * 2**20
 MAX_TURNS = 10_000
+MAX_PLAIN_BYTES = 10**5  # larger records are checked one by one
+_ROLES = ["human", "gpt"] * 100
+_MASK = 2**64 - 1
 _CHUNK_BYTES = 4 * 2**20  # decoded at a time: memory stays at about ten times this
 
 
-class Turn(msgspec.Struct, gc=False):
-    from_: str = msgspec.field(name="from")
-    value: str
-
-
-class Record(msgspec.Struct, gc=False):
-    id: str | int | float | None = None
-    image: str | msgspec.UnsetType = msgspec.UNSET
-    conversations: list[Turn] = msgspec.field(default_factory=list)
-
-    @property
-    def has_image(self) -> bool:
-        return self.image is not msgspec.UNSET
-
-
-class Sample(Record, gc=False):
+class _Sample(Record, gc=False):
     """A record with the keys that may name its source."""
 
     source: Any = None
     dataset: Any = None
     meta: Any = None
 
+    @property
+    def named_source(self) -> Any:
+        if isinstance(self.meta, dict):
+            return self.source or self.dataset or self.meta.get("source")
+        return self.source or self.dataset
 
-_decode_sample = msgspec.json.Decoder(Sample).decode
-_decode_samples = msgspec.json.Decoder(list[Sample]).decode
+
+_decode_sample = msgspec.json.Decoder(_Sample).decode
+_decode_samples = msgspec.json.Decoder(list[_Sample]).decode
 _encode = msgspec.json.Encoder().encode
 
 
-def source_of(sample: Sample) -> str:
-    """The data set a sample comes from.
+def source_of(record: Record, named: Any = None) -> str:
+    """The data set a record comes from.
 
-    The key `source`, `dataset` or `meta.source` where there is one; else, for the LLaVA-1.5
-    mixture, from the image folder and, within COCO, the wording of the first question (VQAv2 and
-    OKVQA cannot be told apart); else the first folder of the image reference.
+    `named` is what the record itself says (key `source`, `dataset` or `meta.source`). Without it,
+    the LLaVA-1.5 mixture is told apart by image folder and, within COCO, the wording of the first
+    question (VQAv2 and OKVQA cannot be told apart); other images by their first folder.
     """
-    meta = sample.meta.get("source") if isinstance(sample.meta, dict) else None
-    for value in (sample.source, sample.dataset, meta):
-        if isinstance(value, str) and value:
-            return value
-    if not isinstance(sample.image, str):
+    if isinstance(named, str) and named:
+        return named
+    if record.image is None:
         return "sharegpt"
-    folder, slash, _ = sample.image.partition("/")
+    folder, slash, _ = record.image.partition("/")
     if folder != "coco":
-        named = {"ocr_vqa": "ocrvqa", "textvqa": "textcaps"}
-        return named.get(folder, folder) if slash else "unknown"
-    text = first_human(sample)
+        return (
+            {"ocr_vqa": "ocrvqa", "textvqa": "textcaps"}.get(folder, folder) if slash else "unknown"
+        )
+    text = first_human(record)
     if "option's letter" in text:
         return "aokvqa"
     if "bounding box coordinate" in text or "short description for this region" in text:
@@ -83,7 +77,10 @@ def source_of(sample: Sample) -> str:
 
 def first_human(record: Record) -> str:
     """Text of the first human turn, with its `<image>` placeholder."""
-    return next((turn.value for turn in record.conversations if turn.from_ == "human"), "")
+    for turn in record.conversations:
+        if turn.from_ == "human":
+            return turn.value
+    return ""
 
 
 @dataclass
@@ -147,7 +144,7 @@ class Pool:
         """The decoded record; raises DataError for a row in `bad`."""
         if row in self.bad:
             raise DataError(f"{self.path}: row {row}: {self.bad[row]}")
-        return _decode_sample(self.raw(row))
+        return decode_record(self.raw(row), f"{self.path}: row {row}")
 
     def first_human(self, row: int) -> str:
         """Text of the first human turn; raises DataError for a row in `bad`."""
@@ -195,63 +192,69 @@ class _Index:
         self.bad: dict[int, str] = {}
         self._buffer, self._path, self._is_list = buffer, path, is_list
         cuts = np.searchsorted(ends, np.arange(starts[0], ends[-1], _CHUNK_BYTES))
-        cuts = np.unique([*cuts, len(starts)])
-        for first, last in zip([0, *cuts], cuts, strict=False):
-            self._add_chunk(int(first), starts[first:last].tolist(), ends[first:last].tolist())
+        for first, last in itertools.pairwise(np.unique([0, *cuts, len(starts)]).tolist()):
+            self._add_chunk(first, starts[first:last].tolist(), ends[first:last].tolist())
         if len(self.bad) == len(starts):
             row, reason = next(iter(self.bad.items()))
             raise DataError(f"{path}: no record is usable; row {row}: {reason}")
 
     def _add_chunk(self, first: int, starts: list[int], ends: list[int]) -> None:
         raws = [self._buffer[a:b] for a, b in zip(starts, ends, strict=True)]
-        samples: Iterable[Sample | str]
+        samples = self._decode_together(raws)
+        if samples is None:  # find out which record it is
+            samples = [self._decode(*item) for item in zip(raws, starts, strict=True)]
+        self.bad |= {row: s for row, s in enumerate(samples, first) if isinstance(s, str)}
+        good = [None if isinstance(s, str) else s for s in samples]
+        digest, names = xxhash.xxh3_128_digest, self.names
+        self.uids += b"".join(
+            [
+                digest(_encode((s.id, s.image, s.conversations)) if s else raw)
+                for s, raw in zip(good, raws, strict=True)
+            ]
+        )
+        self.has_image += bytes([s is not None and s.image is not None for s in good])
+        sources = [source_of(s, s.named_source) if s else "unknown" for s in good]
+        self.codes.extend([names.setdefault(source, len(names)) for source in sources])
+        self.ids.extend([hash(repr(s.id)) & _MASK for s in good if s and s.id is not None])
+
+    def _decode_together(self, raws: list[bytes]) -> list[_Sample] | None:
+        """All records in one call; None when one of them is, or may be, unusable."""
+        if max(map(len, raws)) > MAX_PLAIN_BYTES:
+            return None
         try:
-            if max(map(len, raws), default=0) > MAX_RECORD_BYTES:
-                raise msgspec.ValidationError
             samples = _decode_samples(b"[" + b",".join(raws) + b"]")
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            samples = [self._decode(raw, a) for raw, a in zip(raws, starts, strict=True)]
-        for row, (raw, sample) in enumerate(zip(raws, samples, strict=True), first):
-            problem = sample if isinstance(sample, str) else _problem(sample)
-            if problem:
-                self.bad[row] = problem
-                self._add(xxhash.xxh3_128_digest(raw), False, "unknown")
-                continue
-            image = sample.image if sample.has_image else None
-            key = (sample.id, image, sample.conversations)
-            self._add(xxhash.xxh3_128_digest(_encode(key)), sample.has_image, source_of(sample))
-            if sample.id is not None:
-                self.ids.append(xxhash.xxh3_64_intdigest(_encode(sample.id)))
+            return None
+        return samples if all(map(_alternates, samples)) else None
 
-    def _add(self, uid: bytes, has_image: bool, source: str) -> None:
-        self.uids += uid
-        self.has_image.append(has_image)
-        self.codes.append(self.names.setdefault(source, len(self.names)))
-
-    def _decode(self, raw: bytes, start: int) -> Sample | str:
-        """The record, or why it cannot be used; raises DataError where a line is no JSON."""
+    def _decode(self, raw: bytes, start: int) -> _Sample | str:
+        """The record, or why it cannot be used; raises DataError where a line is not JSON."""
         if len(raw) > MAX_RECORD_BYTES:
-            return f"{len(raw)} bytes, more than the limit of {MAX_RECORD_BYTES}"
+            return f"{len(raw)} bytes, more than {MAX_RECORD_BYTES}; split it"
         try:
-            return _decode_sample(raw)
-        except msgspec.ValidationError as error:
-            return str(error)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            if self._is_list:
-                return str(error)
+            record = decode_record(raw, "")
+        except DataError as error:
+            self._refuse_torn_line(raw, start)
+            return str(error).removeprefix(": ")
+        if len(record.conversations) > MAX_TURNS:
+            return f"{len(record.conversations)} turns, more than {MAX_TURNS}; split it"
+        return _decode_sample(raw)
+
+    def _refuse_torn_line(self, raw: bytes, start: int) -> None:
+        try:
+            if not self._is_list:
+                msgspec.json.decode(raw, type=msgspec.Raw)
+        except (msgspec.MsgspecError, RecursionError) as error:
             line = line_number(self._buffer, start)
             raise DataError(
                 f"{self._path}: line {line}: not JSON ({error}): correct or remove this line"
             ) from error
 
 
-def _problem(record: Record) -> str | None:
+def _alternates(record: Record) -> bool:
+    """The common case, in which `decode_record` has nothing to object to."""
     roles = [turn.from_ for turn in record.conversations]
-    if not roles:
-        return "no turns in `conversations`"
-    if len(roles) > MAX_TURNS:
-        return f"{len(roles)} turns, more than the limit of {MAX_TURNS}"
-    return None
+    return roles == _ROLES[: len(roles)] != []
 
 
 def _map(path: Path) -> mmap.mmap | bytes:

@@ -279,6 +279,9 @@ class StoreReader:
                 "only what is missing or damaged is computed"
             )
         reader = cls(folder, manifest)
+        name = f"{reader.identity['signal']}-{reader.fingerprint[:16]}"
+        if folder.name != name:
+            raise StorageError(f"{folder}: holds the store {name}; give the folder that name again")
         n_blocks = -(-len(reader) // reader.block_size)
         for i in range(n_blocks):
             entry = reader._entries[i] if i < len(reader._entries) else None
