@@ -1,0 +1,202 @@
+"""Low-rank adapters in LLaVA's own layout: which weights get one, reading, merging and saving.
+
+A LoRA directory holds `adapter_config.json` and `adapter_model.safetensors` (or `.bin`), plus
+`non_lora_trainables.bin` with the projector. Names follow the original LLaVA, where the language
+model is the root (`base_model.model.model.layers.0...`); names of Hugging Face's LLaVA, which put
+`language_model.` in between, are read as well.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from llava.errors import UsageError
+
+from .weights import (
+    LANGUAGE,
+    PROJECTOR,
+    State,
+    canonical_name,
+    read_json,
+    read_tensors,
+    write_json,
+    writing,
+)
+
+ADAPTER_CONFIG = "adapter_config.json"
+NON_LORA = "non_lora_trainables.bin"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.*)\.lora_([AB])(?:\.default)?\.weight")
+# The language model's own layers, alone or inside a LLaVA; CLIP's layers have the same leaf names.
+_LAYERS = r"model\.(?:language_model\.)?layers\.\d+\."
+# Ways of adapting that change the formula W + s B A.
+_UNSUPPORTED = (
+    "use_dora",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "megatron_config",
+)
+
+
+def target_pattern(model: nn.Module) -> str:
+    """Regular expression for the full names of the language model's linear layers, no lm_head."""
+    inside = re.compile(_LAYERS + r"(?:.+\.)?([^.]+)")
+    leaves = {
+        match[1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (match := inside.fullmatch(name))
+    }
+    if not leaves:
+        raise UsageError("LoRA: the language model has no linear layers named model.layers.*")
+    return rf"{_LAYERS}(?:.+\.)?(?:{'|'.join(sorted(leaves))})"
+
+
+def attach(
+    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, bias: str = "none"
+) -> PeftModel:
+    """`model` with a fresh adapter on every linear layer of its language model; the rest frozen."""
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias=bias,
+        target_modules=target_pattern(model),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def apply(state: State, folder: Path) -> State:
+    """Weights of a base model with the LoRA in `folder` merged in, once, under canonical names.
+
+    W + (alpha / r) B A in float32, rounded to W's dtype; other trained weights replace the
+    base's. Raises UsageError if the adapter is of an unsupported kind or of another model.
+    """
+    scale = _scale(folder)
+    adapter, replaced = _split(read_tensors(_adapter_file(folder)))
+    if (folder / NON_LORA).is_file():
+        factors, others = _split(read_tensors(folder / NON_LORA))
+        adapter.update(factors)
+        replaced.update(others)
+    merged = {**state, **replaced}
+    for name in sorted({name for name, _ in adapter}):
+        merged[name] = _merged(name, merged, adapter, scale, folder)
+    return merged
+
+
+def _merged(
+    name: str, state: State, adapter: dict[tuple[str, str], torch.Tensor], scale: float, where: Path
+) -> torch.Tensor:
+    if name not in state:
+        raise UsageError(f"{where}: adapts {name}, which the base model does not have")
+    down, up = adapter.get((name, "A")), adapter.get((name, "B"))
+    if down is None or up is None:
+        raise UsageError(f"{where}: half of the adapter of {name} is missing")
+    weight = state[name]
+    if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+        raise UsageError(
+            f"{where}: adapts {name} as ({up.shape[0]}, {down.shape[1]}), the base has "
+            f"{tuple(weight.shape)}; it was trained on another model, check --model-base"
+        )
+    return (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
+
+
+def _scale(folder: Path) -> float:
+    path = folder / ADAPTER_CONFIG
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise UsageError(f"{path}: a {config.get('peft_type')!r} adapter; only LORA can be merged")
+    used = [key for key in _UNSUPPORTED if config.get(key)]
+    if used:
+        raise UsageError(f"{path}: {', '.join(used)} cannot be merged here; merge it with PEFT")
+    try:
+        rank, alpha = float(config["r"]), float(config["lora_alpha"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: r and lora_alpha must be numbers") from error
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _adapter_file(folder: Path) -> Path:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UsageError(f"{folder}: {ADAPTER_CONFIG} without adapter_model.safetensors or .bin")
+
+
+def _split(tensors: State) -> tuple[dict[tuple[str, str], torch.Tensor], State]:
+    """Low-rank factors by (weight adapted, "A" or "B"), and the tensors that replace a weight."""
+    factors: dict[tuple[str, str], torch.Tensor] = {}
+    replaced: State = {}
+    for name, tensor in tensors.items():
+        bare = re.sub(r"^base_model\.(?:model\.)?", "", name)
+        bare = re.sub(r"^model\.model\.", "model.", bare)
+        match = _FACTOR.fullmatch(bare)
+        if match:
+            factors[canonical_name(match[1] + ".weight"), match[2]] = tensor
+        else:
+            replaced[canonical_name(bare)] = tensor
+    return factors, replaced
+
+
+def save(model: PeftModel, folder: Path, base: str) -> None:
+    """Write adapter, its configuration and the other trained weights as LLaVA does.
+
+    `base` is recorded as the base model's name.
+    """
+    adapter = {
+        _original(name): tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    with writing(folder / "adapter_model.safetensors") as temp:
+        save_file(adapter, temp, metadata={"format": "pt"})
+    others = {
+        name.removeprefix(_PREFIX): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+    save_projector(others, folder / NON_LORA, prefix=_PREFIX)
+    write_json(folder / ADAPTER_CONFIG, _adapter_config(model, base))
+
+
+def save_projector(state: State, path: Path, prefix: str = "") -> None:
+    """Write the trained weights in `state` under LLaVA's names: its `mm_projector.bin`."""
+    named = {
+        prefix + _original(name): tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+    }
+    with writing(path) as temp:
+        torch.save(named, temp)
+
+
+def _original(name: str) -> str:
+    """LLaVA's name of a weight or adapter with Hugging Face's name."""
+    for layer, index in (("linear_1.", "0."), ("linear_2.", "2.")):
+        name = name.replace(PROJECTOR + layer, f"model.mm_projector.{index}")
+    return name.replace(LANGUAGE, "model.")
+
+
+def _adapter_config(model: PeftModel, base: str) -> dict[str, Any]:
+    config = model.peft_config["default"]
+    leaves = re.search(r"\(\?:([^()]+)\)$", config.target_modules)[1].split("|")
+    return {
+        "base_model_name_or_path": base,
+        "bias": config.bias,
+        "inference_mode": True,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "peft_type": "LORA",
+        "r": config.r,
+        "target_modules": leaves,
+        "task_type": "CAUSAL_LM",
+    }

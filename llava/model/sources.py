@@ -1,0 +1,259 @@
+"""Find out what a model directory holds, and read it: by its files, never by its name.
+
+kind            told by                                             needs besides
+--------------  --------------------------------------------------  ---------------------------
+hf_llava        config.json of LlavaForConditionalGeneration
+llava_full      mm_vision_tower or its architecture in config.json  the vision tower named there
+llava_lora      adapter_config.json                                 base, perhaps the tower
+projector_only  mm_projector.bin without whole weights              base, perhaps the tower
+language_model  config.json of a causal language model
+hf_other        any other vision-language model of transformers     read by `selection.proxy`
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    LlavaConfig,
+    PreTrainedConfig,
+)
+
+from llava.errors import UsageError
+from llava.tokens import load_tokenizer
+
+from . import lora
+from .assemble import (
+    Parts,
+    check_projector,
+    combine,
+    read_language_model,
+    read_projector,
+    read_vision_config,
+    read_vision_tower,
+    split,
+)
+from .weights import (
+    State,
+    canonical,
+    find_directory,
+    make_config,
+    read_json,
+    read_weights,
+    weight_files,
+)
+
+PROJECTOR_FILE = "mm_projector.bin"
+SETTINGS_FILE = "llava.json"
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_ORIGINAL = re.compile(r"Llava\w*ForCausalLM")
+_LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+# Settings of LLaVA's own that stand in its config.json beside those of the language model.
+_OF_LLAVA = re.compile(r"(mm_|tune_mm_|freeze_mm_|unfreeze_mm_|use_mm_|image_|tokenizer_)")
+DEFAULTS = {"template": "v1", "image_aspect_ratio": "pad", "model_max_length": 2048}
+_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+
+
+class Kind(StrEnum):
+    """What a model directory holds."""
+
+    HF_LLAVA = "hf_llava"
+    LLAVA_FULL = "llava_full"
+    LLAVA_LORA = "llava_lora"
+    PROJECTOR_ONLY = "projector_only"
+    LANGUAGE_MODEL = "language_model"
+    HF_OTHER = "hf_other"
+
+
+@dataclass
+class Source:
+    """A checkpoint that is read but not yet built. Folders are searched in order."""
+
+    config: PreTrainedConfig
+    state: State
+    settings: dict[str, Any]
+    tokenizer_folders: list[Path]
+    image_folders: list[Path]
+
+
+def inspect(path: str | Path) -> Kind:
+    """The kind of the model directory `path`, by the files in it.
+
+    Raises UsageError when nothing in it can be loaded, RefusedError when only its own code could.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"{path}: no such model directory")
+    if (folder / lora.ADAPTER_CONFIG).is_file():
+        return Kind.LLAVA_LORA
+    has_config, has_weights = (folder / "config.json").is_file(), bool(weight_files(folder))
+    if (folder / PROJECTOR_FILE).is_file() and not has_weights:
+        return Kind.PROJECTOR_ONLY
+    if not has_config:
+        raise UsageError(
+            f"{folder}: no model in this directory: it has neither config.json nor "
+            f"{lora.ADAPTER_CONFIG} nor {PROJECTOR_FILE}"
+        )
+    if not has_weights:
+        raise UsageError(f"{folder}: config.json without weights (model.safetensors or .bin)")
+    values = read_json(folder / "config.json")
+    return Kind.LLAVA_FULL if _is_original(values) else _hugging_face_kind(folder, values)
+
+
+def _is_original(values: dict[str, Any]) -> bool:
+    architectures = values.get("architectures") or []
+    return "mm_vision_tower" in values or any(_ORIGINAL.fullmatch(a) for a in architectures)
+
+
+def _hugging_face_kind(folder: Path, values: dict[str, Any]) -> Kind:
+    config = make_config(values, folder / "config.json")
+    if isinstance(config, LlavaConfig):
+        return Kind.HF_LLAVA
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return Kind.HF_OTHER
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return Kind.LANGUAGE_MODEL
+    raise UsageError(
+        f"{folder}: a {config.model_type!r} model is neither a language model nor a "
+        "vision-language model"
+    )
+
+
+def read(folder: Path, kind: Kind, base: str | Path | None) -> Source:
+    if kind in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY):
+        return _read_on_base(folder, kind, base)
+    if kind is Kind.HF_OTHER:
+        raise UsageError(f"{folder}: a vision-language model, but no LLaVA-1.5")
+    values = read_json(folder / "config.json")
+    settings = _settings(folder, values)
+    if kind is Kind.LLAVA_FULL:
+        text_config = _original_text_config(folder, values)
+        return _with_tower(folder, values, text_config, canonical(read_weights(folder)), [folder])
+    if kind is Kind.LANGUAGE_MODEL:
+        return Source(*read_language_model(folder), settings, [folder], [])
+    config = make_config(values, folder / "config.json")
+    return Source(config, canonical(read_weights(folder)), settings, [folder], [folder])
+
+
+def _read_on_base(folder: Path, kind: Kind, base: str | Path | None) -> Source:
+    """A LoRA or a projector put on the model it was trained on."""
+    if base is None:
+        what = "a LoRA" if kind is Kind.LLAVA_LORA else "only a projector"
+        raise UsageError(
+            f"{folder}: {what}; give the model it was trained on with --model-base"
+            + _recorded_base(folder)
+        )
+    base_folder = find_directory(base)
+    base_kind = inspect(base_folder)
+    if base_kind in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY):
+        raise UsageError(f"--model-base {base}: is itself {base_kind}; it must be a whole model")
+    source = read(base_folder, base_kind, None)
+    config_path = folder / "config.json"
+    values = read_json(config_path) if config_path.is_file() else {}
+    if kind is Kind.LLAVA_LORA:
+        state = lora.apply(source.state, folder)
+    else:
+        state = {**source.state, **read_projector(folder / PROJECTOR_FILE)}
+    folders = [folder, *source.tokenizer_folders]
+    if not isinstance(source.config, LlavaConfig) and "mm_vision_tower" in values:
+        return _with_tower(folder, values, source.config, state, folders)
+    if not isinstance(source.config, LlavaConfig) and kind is Kind.PROJECTOR_ONLY:
+        raise UsageError(f"{folder}: needs a config.json that names mm_vision_tower")
+    settings = {**source.settings, **_settings(folder, values, partial=True)}
+    return Source(source.config, state, settings, folders, source.image_folders)
+
+
+def _recorded_base(folder: Path) -> str:
+    for name, key in (
+        (lora.ADAPTER_CONFIG, "base_model_name_or_path"),
+        ("config.json", "_name_or_path"),
+    ):
+        if (folder / name).is_file():
+            recorded = read_json(folder / name).get(key)
+            if recorded:
+                return f" (its {name} says {recorded})"
+    return ""
+
+
+def _original_text_config(folder: Path, values: dict[str, Any]) -> PreTrainedConfig:
+    kind = _LANGUAGE_MODELS.get(values.get("model_type"))
+    if kind is None:
+        known = ", ".join(_LANGUAGE_MODELS)
+        raise UsageError(
+            f"{folder}: an original LLaVA of type {values.get('model_type')!r}; known: {known}"
+        )
+    own = ("architectures", "auto_map", "_name_or_path", "torch_dtype")
+    text = {k: v for k, v in values.items() if not _OF_LLAVA.match(k) and k not in own}
+    return make_config(text, folder / "config.json", kind)
+
+
+def _with_tower(
+    folder: Path,
+    values: dict[str, Any],
+    text_config: PreTrainedConfig,
+    state: State,
+    tokenizer_folders: list[Path],
+) -> Source:
+    """Original LLaVA's weights completed by the vision tower that its configuration names."""
+    name = values.get("mm_vision_tower")
+    if not name:
+        raise UsageError(f"{folder}: config.json does not name its vision tower (mm_vision_tower)")
+    try:
+        tower_folder = find_directory(name, beside=folder)
+    except UsageError as error:
+        raise UsageError(
+            f"{folder}: its vision tower was not found ({error}); put it beside the checkpoint "
+            f"as {folder.resolve().parent / Path(name).name}"
+        ) from error
+    text_state, tower, projector = split(state)
+    check_projector(projector, folder)
+    if tower:  # a full fine-tuning writes the tower too
+        vision_config = read_vision_config(tower_folder)
+    else:
+        vision_config, tower = read_vision_tower(tower_folder)
+    vocab_size = load_tokenizer(tokenizer_folder(tokenizer_folders)).vocab_size
+    config, full = combine(
+        Parts(text_config, text_state, vision_config, tower, projector),
+        vocab_size,
+        values.get("mm_vision_select_layer", -2),
+        _STRATEGIES[values.get("mm_vision_select_feature", "patch")],
+    )
+    settings = _settings(folder, values)
+    return Source(config, full, settings, tokenizer_folders, [folder, tower_folder])
+
+
+def _settings(folder: Path, values: dict[str, Any], partial: bool = False) -> dict[str, Any]:
+    """How to prepare samples: llava.json, else LLaVA's config.json, else LLaVA-1.5's defaults.
+
+    `partial` leaves the defaults out.
+    """
+    found = {} if partial else dict(DEFAULTS)
+    for key, original in (
+        ("image_aspect_ratio", "image_aspect_ratio"),
+        ("model_max_length", "tokenizer_model_max_length"),
+    ):
+        if values.get(original) is not None:
+            found[key] = values[original]
+    if (folder / SETTINGS_FILE).is_file():
+        found.update(read_json(folder / SETTINGS_FILE))
+    return found
+
+
+def tokenizer_folder(folders: list[Path]) -> Path:
+    for folder in folders:
+        if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
+            return folder
+    places = " or ".join(str(folder) for folder in folders)
+    raise UsageError(f"no tokenizer.model or tokenizer.json in {places}; copy the base model's")
