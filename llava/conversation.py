@@ -124,7 +124,7 @@ def check_turns(turns: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
     """
     for index, (role, _) in enumerate(turns):
         if role not in ROLES:
-            raise DataError(f"turn {index} is from {role!r}; a turn is from 'human' or 'gpt'")
+            raise DataError(f"turn {index} is from {role[:40]!r}; a turn is from 'human' or 'gpt'")
     dropped = 1 if turns and turns[0][0] == "gpt" else 0
     if len(turns) == dropped:
         raise DataError("conversations holds no question; it needs at least one 'human' turn")

@@ -1,6 +1,7 @@
 """LLaVA JSON to model input: records, dataset, collator and sampler, for training and for scoring.
 
-`python -m llava.data show` (`llava.show`) prints what the model will see; docs/Data.md describes the format.
+`python -m llava.data show` (in `llava.show`) prints what the model will see; the format is
+described in docs/Data.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from llava.conversation import Template, check_turns
 from llava.errors import DataError, UsageError, run_main
-from llava.images import BadImage, ImageProcessor, open_image
+from llava.images import BadImage, ImageProcessor, open_image, shortened
 from llava.tokens import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
@@ -144,11 +145,13 @@ class ConversationDataset(Dataset):
             shows_image = bool((encoded.input_ids == IMAGE_TOKEN_INDEX).any())
             pixels = self._pixels(record.image) if shows_image else None
         except BadImage as error:
-            message = f"row {row} (id {record.id!r}): {error}"
-            raise BadImage(message, refused=error.refused) from error
+            raise BadImage(f"{self._where(row)}: {error}", refused=error.refused) from error
         except DataError as error:
-            raise DataError(f"row {row} (id {record.id!r}): {error}") from error
+            raise DataError(f"{self._where(row)}: {error}") from error
         return {**encoded._asdict(), "pixel_values": pixels}
+
+    def _where(self, row: int) -> str:
+        return f"row {row} (id {shortened(str(self.records[row].id))})"
 
     def _pixels(self, ref: str) -> torch.Tensor:
         if self.image_processor is None:

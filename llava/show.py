@@ -1,4 +1,4 @@
-"""`python -m llava.data show`: what the model will see of each record, to debug data or a template."""
+"""`python -m llava.data show`: what the model will see of each record, to debug a template."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def show(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(arguments.tokenizer)
     if arguments.images is not None and not Path(arguments.images).is_dir():
         raise UsageError(f"{arguments.images}: no such image folder")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UsageError(f"--limit {arguments.limit}; it must be at least 1")
     worst = 0
     for row, raw in enumerate(raw_records(arguments.data)[: arguments.limit]):
         where = f"{arguments.data}: row {row}"
@@ -62,7 +64,7 @@ def _print_json(row: int, record: Record, segments: list[Segment], encoded: Enco
         "supervised": supervised.tolist(),
         "text": "".join(segment.text for segment in segments),
     }
-    print(msgspec.json.encode(line).decode())
+    sys.stdout.buffer.write(msgspec.json.encode(line) + b"\n")  # UTF-8 whatever the locale
 
 
 def _print_view(row: int, record: Record, segments: list[Segment], encoded: Encoded) -> None:
