@@ -1,8 +1,9 @@
-"""Tiny real parts of a LLaVA: a sentencepiece vocabulary, a Llama and a CLIP."""
+"""Tiny real parts of a LLaVA: sentencepiece vocabularies, a Llama and a CLIP."""
 
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,27 @@ def _make_clip(folder: Path) -> None:
     CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     ).save_pretrained(folder)
+
+
+WORDS = (
+    "the a what is of in this image answer question USER ASSISTANT curious user human and "
+    "intelligence assistant gives helpful detailed polite answers questions yes no red white bus"
+).split()
+
+
+@pytest.fixture(scope="session")
+def tiny_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a `tokenizer.model` of the Llama kind: BPE, byte fallback, every space kept."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    lines = [f"{a} {b}:  {a}, {b}. {i}" for i, (a, b) in enumerate(itertools.product(WORDS, WORDS))]
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return folder

@@ -1,0 +1,389 @@
+"""Records in, batches out: validation, expansion, padding, grouping, and the view of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from llava.conversation import get_template
+from llava.data import (
+    MAX_CHARACTERS,
+    Collator,
+    ConversationDataset,
+    ModalityLengthSampler,
+    decode_record,
+    expand_image,
+    load_records,
+    raw_records,
+)
+from llava.errors import DataError, UsageError
+from llava.images import BadImage, ImageProcessor
+from llava.tokens import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    Encoded,
+    encode_conversation,
+    load_tokenizer,
+)
+
+ROOT = Path(__file__).parents[2]
+QUESTION, ANSWER = {"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": "no"}
+TEXT = {"from": "human", "value": "red?"}
+
+
+def raw(**keys: object) -> bytes:
+    return json.dumps({"conversations": [TEXT, ANSWER], **keys}).encode()
+
+
+# Records
+
+
+def test_record_keeps_what_matters() -> None:
+    record = decode_record(raw(id=7, image="a/b.jpg", model="", score=[{}]), "f: row 0")
+    assert (record.id, record.image, record.has_image) == (7, "a/b.jpg", True)
+    assert record.turns == [("human", "red?"), ("gpt", "no")]
+    for keys in ({"id": "140031996X"}, {"id": None}, {}, {"image": None}):
+        assert not decode_record(raw(**keys), "f: row 0").has_image
+    assert decode_record(raw(image=""), "f: row 0").has_image  # a key is there; opening it fails
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (raw(image=["a.jpg"]), "got `array` - at `$.image`; image is one relative path"),
+        (raw(image=3), "got `int` - at `$.image`"),
+        (raw(image=True), "got `bool` - at `$.image`"),
+        (raw(conversations=[]), "no question"),
+        (raw(conversations=[ANSWER]), "no question"),
+        (raw(conversations="x"), "`$.conversations`; a record is"),
+        (raw(conversations=[TEXT, TEXT]), "turn 1 is from 'human' where 'gpt' belongs"),
+        (raw(conversations=[{"from": "user", "value": "x"}]), "turn 0 is from 'user'"),
+        (raw(conversations=[{"from": "human"}]), "missing required field `value`"),
+        (raw(conversations=[{"from": "human", "value": None}]), "`$.conversations[0].value`"),
+        (b'{"id": 1}', "missing required field `conversations`"),
+        (b"[1, 2]", "Expected `object`, got `array`"),
+        (b'{"conversations": [', "truncated"),
+        (b'{"conversations": [], "x": ' + b"[" * 100_000, "recursion"),
+        (raw().replace(b"red?", b"\xff"), "can't decode byte 0xff"),
+        (raw(conversations=[{"from": "human", "value": "x" * (MAX_CHARACTERS + 1)}]), "split it"),
+    ],
+)
+def test_bad_records_are_one_clear_line(content: bytes, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        decode_record(content, "pool.json: row 3")
+    message = str(caught.value)
+    assert message.startswith("pool.json: row 3: ") and reason in message
+    assert "\n" not in message and len(message) < 400
+
+
+def test_files_as_list_or_lines(tmp_path: Path) -> None:
+    path = tmp_path / "pool"
+    rows = [raw(id=1), raw(id="é🙂", image="x.png")]
+    path.write_bytes(b"\xef\xbb\xbf [" + b",\n ".join(rows) + b"]\n")
+    assert [r.id for r in load_records(path)] == [1, "é🙂"]
+    path.write_bytes(b"\n".join(rows) + b"\n\n")
+    assert [r.id for r in load_records(path)] == [1, "é🙂"]
+    path.write_bytes(rows[0] + b"\n{broken\n")
+    with pytest.raises(DataError, match="pool: row 1: JSON is malformed"):
+        load_records(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"not json", b'"x"', b"[{}", b"[1,", b"[" * 100_000]
+)
+def test_unusable_files_are_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "pool.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="pool.json: "):
+        load_records(path)
+    with pytest.raises(UsageError, match="No such file"):
+        raw_records(tmp_path / "none.json")
+
+
+# Dataset and collator
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> ConversationDataset:
+    folder = tmp_path_factory.mktemp("images")
+    Image.new("RGB", (6, 4), "red").save(folder / "red.png")
+    (folder / "empty.png").touch()
+    records = [
+        {"id": 0, "image": "red.png", "conversations": [QUESTION, ANSWER]},
+        {"id": 1, "conversations": [TEXT, ANSWER, {"from": "human", "value": "a  b"}, ANSWER]},
+        {"id": 2, "image": "missing.png", "conversations": [TEXT, ANSWER]},  # never says <image>
+        {"id": 3, "image": "empty.png", "conversations": [QUESTION, ANSWER]},
+        {"id": 4, "image": "../x.png", "conversations": [QUESTION, ANSWER]},
+        {"id": 5, "image": "red.png", "conversations": [QUESTION, ANSWER, QUESTION, ANSWER]},
+    ]
+    return ConversationDataset(
+        [decode_record(json.dumps(r).encode(), "test") for r in records],
+        folder,
+        get_template("v1"),
+        load_tokenizer(tiny_vocabulary),
+        ImageProcessor(14),
+    )
+
+
+def test_items(dataset: ConversationDataset) -> None:
+    assert len(dataset) == 6
+    for row in (0, 1, 2):
+        item, record = dataset[row], dataset.records[row]
+        encoded = encode_conversation(
+            record.turns, record.has_image, dataset.template, dataset.tokenizer
+        )
+        assert torch.equal(item["input_ids"], encoded.input_ids)
+        assert torch.equal(item["labels"], encoded.labels)
+    assert dataset[0]["pixel_values"].shape == (3, 14, 14)
+    assert dataset[1]["pixel_values"] is None
+    assert dataset[2]["pixel_values"] is None
+
+
+def test_bad_items_name_their_row_and_are_not_replaced(dataset: ConversationDataset) -> None:
+    with pytest.raises(BadImage, match=r"row 3 \(id '3'\): image 'empty.png': the file is empty"):
+        dataset[3]
+    with pytest.raises(BadImage, match="row 4.*leaves the image folder") as caught:
+        dataset[4]
+    assert caught.value.exit_code == 77
+    with pytest.raises(DataError, match="row 5.*2 turns hold <image>"):
+        dataset[5]
+    blind = ConversationDataset(
+        dataset.records, dataset.image_folder, dataset.template, dataset.tokenizer, None
+    )
+    assert blind[1]["pixel_values"] is None
+    with pytest.raises(DataError, match="row 0.*no vision tower"):
+        blind[0]
+
+
+def test_errors_leave_a_worker_readable(dataset: ConversationDataset) -> None:
+    loader = DataLoader(dataset, sampler=[3], batch_size=None, num_workers=1)
+    with pytest.raises(BadImage, match="row 3.*the file is empty"):
+        next(iter(loader))
+
+
+def test_modality_lengths_count_words(dataset: ConversationDataset) -> None:
+    assert dataset.modality_lengths()[:3] == [3, -5, 2]
+
+
+def slow_expand(encoded: Encoded, n: int, image_id: int) -> list[tuple[int, int]]:
+    out = []
+    for id_, label in zip(encoded.input_ids.tolist(), encoded.labels.tolist(), strict=True):
+        out += [(image_id, IGNORE_INDEX)] * n if id_ == IMAGE_TOKEN_INDEX else [(id_, label)]
+    return out
+
+
+@given(
+    st.lists(st.integers(0, 99), max_size=12), st.integers(0, 12), st.booleans(), st.integers(1, 5)
+)
+def test_expand_image_against_a_loop(ids: list[int], at: int, image: bool, n: int) -> None:
+    if image:
+        ids.insert(at := min(at, len(ids)), IMAGE_TOKEN_INDEX)
+    labels = [IGNORE_INDEX if id_ % 2 else id_ for id_ in ids]
+    labels = [
+        IGNORE_INDEX if i == IMAGE_TOKEN_INDEX else x for i, x in zip(ids, labels, strict=True)
+    ]
+    encoded = Encoded(torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64))
+    expected = slow_expand(encoded, n, 500)
+    for limit in range(1, 20):
+        if image and at + n > limit:
+            with pytest.raises(DataError, match="the image ends at position"):
+                expand_image(encoded, n, 500, limit)
+        else:
+            got = expand_image(encoded, n, 500, limit)
+            pairs = list(zip(got.input_ids.tolist(), got.labels.tolist(), strict=True))
+            assert pairs == expected[:limit]
+
+
+def test_collator_pads_right_and_truncates_after_expansion(dataset: ConversationDataset) -> None:
+    items = [dataset[0], dataset[1]]
+    collate = Collator(9, 500, 4, 60, 14)
+    batch = collate(items)
+    lengths = [min(60, len(items[0]["input_ids"]) + 3), min(60, len(items[1]["input_ids"]))]
+    assert batch["input_ids"].shape == (2, max(lengths)) and lengths[0] != lengths[1]
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    for row, item in enumerate(items):
+        expected = slow_expand(Encoded(item["input_ids"], item["labels"]), 4, 500)[:60]
+        kept = slice(None, lengths[row])
+        pairs = zip(
+            batch["input_ids"][row][kept].tolist(), batch["labels"][row][kept].tolist(), strict=True
+        )
+        assert list(pairs) == expected
+        assert (batch["attention_mask"][row][kept] == 1).all()
+        assert (batch["input_ids"][row][lengths[row] :] == 9).all()
+        assert (batch["labels"][row][lengths[row] :] == IGNORE_INDEX).all()
+    assert torch.equal(batch["pixel_values"], items[0]["pixel_values"][None])
+    assert "dummy_image" not in batch
+    assert (batch["input_ids"] == 500).sum() == 4
+
+
+def test_text_only_batch_carries_a_zero_image(dataset: ConversationDataset) -> None:
+    batch = Collator(0, 500, 4, 2048, 14)([dataset[1], dataset[2]])
+    assert batch["dummy_image"] is True
+    assert batch["pixel_values"].shape == (1, 3, 14, 14) and not batch["pixel_values"].any()
+    assert (batch["input_ids"] != 500).all()
+    assert "pixel_values" not in Collator(0, 500, 4, 2048, None)([dataset[1]])
+
+
+# Sampler
+
+
+def slow_modality_order(
+    lengths: list[int], batch_size: int, world_size: int, generator: torch.Generator
+) -> list[int]:
+    """The rule of the reference, section by section, without any cleverness."""
+
+    def cut(rows: list[int]) -> list[list[int]]:
+        out, step = [], []
+        for row in rows:
+            step.append(row)
+            if len(step) == batch_size * world_size:
+                out.append(step)
+                step = []
+        return out + ([step] if step else [])
+
+    def group(values: list[int]) -> list[int]:
+        out = []
+        for step in cut(torch.randperm(len(values), generator=generator).tolist()):
+            step = sorted(step, key=lambda i: values[i], reverse=True)
+            if len(step) % world_size:
+                shares = [step[k::world_size] for k in range(world_size)]
+            else:
+                shares = [[] for _ in range(world_size)]
+                for item in step:
+                    room = [s for s in shares if len(s) < len(step) // world_size]
+                    min(room, key=lambda s: sum(values[i] for i in s)).append(item)
+            out += [i for share in shares for i in share]
+        return out
+
+    image = [i for i, n in enumerate(lengths) if n > 0]
+    text = [i for i, n in enumerate(lengths) if n < 0]
+    if not image or not text:
+        return group(lengths)
+    image_steps = cut([image[i] for i in group([lengths[i] for i in image])])
+    text_steps = cut([text[i] for i in group([-lengths[i] for i in text])])
+    steps = image_steps[:-1] + text_steps[:-1]
+    order = torch.randperm(len(steps), generator=generator).tolist()
+    return [i for k in order for i in steps[k]] + sorted(image_steps[-1] + text_steps[-1])
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@given(
+    st.lists(st.integers(-30, 30).filter(bool), min_size=1, max_size=60),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+def test_sampler_equals_the_slow_rule(lengths: list[int], batch_size: int, world: int) -> None:
+    sampler = ModalityLengthSampler(lengths, batch_size, world, seeded(3))
+    generator = seeded(3)
+    for _ in range(2):  # the generator goes on into the next epoch
+        order = list(sampler)
+        assert order == slow_modality_order(lengths, batch_size, world, generator)
+        assert sorted(order) == list(range(len(lengths))) and len(sampler) == len(lengths)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_modality_is_grouped_by_length(sign: int) -> None:
+    lengths = [sign * n for n in range(1, 41)]
+    order = list(ModalityLengthSampler(lengths, 4, 2, seeded(0)))
+    assert order == slow_modality_order(lengths, 4, 2, seeded(0)) != list(range(40))
+
+
+def test_every_full_step_has_one_modality_and_balanced_devices() -> None:
+    lengths = [(-1) ** (n % 3 == 0) * (n % 37 + 1) for n in range(1, 400)]
+    order = list(ModalityLengthSampler(lengths, 4, 2, seeded(0)))
+    steps = [order[start : start + 8] for start in range(0, len(order), 8)]
+    assert order != sorted(order)
+    for step in steps[:-2]:
+        assert len({lengths[row] > 0 for row in step}) == 1
+        shares = [sum(abs(lengths[row]) for row in step[k : k + 4]) for k in (0, 4)]
+        assert abs(shares[0] - shares[1]) <= max(abs(lengths[row]) for row in step)
+
+
+def test_rows_without_words_are_refused() -> None:
+    with pytest.raises(DataError, match="row 1 has no words"):
+        ModalityLengthSampler([3, 0], 1, 1, seeded(0))
+
+
+# The command
+
+
+def run_show(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "llava.data", "show", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_show_prints_ids_and_positions(dataset: ConversationDataset, tiny_vocabulary: Path) -> None:
+    path = dataset.image_folder / "pool.json"
+    rows = [
+        {"id": "é", "image": "red.png", "conversations": [QUESTION, ANSWER]},
+        {"id": 1, "conversations": [{"from": "system", "value": "x"}]},
+        {"id": 2, "image": "none.png", "conversations": [QUESTION, ANSWER, QUESTION, ANSWER]},
+        {"id": 3, "image": "none.png", "conversations": [QUESTION, ANSWER]},
+        {"conversations": [{"from": "human", "value": "\x1b[31mred"}, ANSWER]},
+    ]
+    path.write_text(json.dumps(rows))
+    settings = ["--data", path, "--template", "v1", "--tokenizer", tiny_vocabulary]
+    done = run_show(*settings, "--images", dataset.image_folder, "--json")
+    assert done.returncode == 65
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["row"], line["id"]) for line in lines] == [(0, "é"), (3, 3), (4, None)]
+    item = dataset[0]
+    supervised = (item["labels"] != IGNORE_INDEX).nonzero().flatten().tolist()
+    assert lines[0]["input_ids"] == item["input_ids"].tolist()
+    assert lines[0]["supervised"] == supervised
+    assert lines[0]["text"].endswith("USER: <image>\nred? ASSISTANT: no</s>")
+    errors = done.stderr.splitlines()
+    assert [e.split(": ")[2] for e in errors] == ["row 1", "row 2", "row 3"], errors
+    assert "no such file" in errors[2]
+
+    view = run_show(*settings)
+    assert view.returncode == 65  # rows 1 and 2; images were not asked for
+    assert "ASSISTANT:⟦ no</s>⟧" in view.stdout and "\\x1b[31mred" in view.stdout
+    assert "\x1b" not in view.stdout  # not a terminal: no colours, and none from the data
+    first = run_show(*settings, "--limit", 1, "--json")
+    assert first.returncode == 0 and len(first.stdout.splitlines()) == 1
+
+
+def test_show_refuses_with_the_documented_codes(tiny_vocabulary: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pool.json"
+    escape = {"image": "../secret.png", "conversations": [QUESTION, ANSWER]}
+    path.write_text(json.dumps([escape, {"conversations": []}]))
+    settings = ["--data", path, "--tokenizer", tiny_vocabulary, "--images", tmp_path]
+    assert run_show(*settings).returncode == 77
+    unknown = run_show(*settings, "--template", "v9")
+    assert unknown.returncode == 2 and unknown.stderr.startswith("error: unknown template 'v9'")
+    path.write_text("3")
+    assert run_show(*settings).returncode == 65
+
+
+def test_show_golden_conversations(shared_data: Path, tmp_path: Path) -> None:
+    golden = json.loads((shared_data / "golden_conversations.json").read_text())
+    golden = [record for record in golden if "v1" in record["expected"]]
+
+    rows = [
+        {"conversations": r["conversations"]} | ({"image": "x.jpg"} if r["image"] else {})
+        for r in golden
+    ]
+    (tmp_path / "golden.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    vocabulary = shared_data / "llama_tokenizer"
+    done = run_show(
+        "--data", tmp_path / "golden.jsonl", "--template", "v1", "--tokenizer", vocabulary, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == len(golden) > 30
+    for line, record in zip(lines, golden, strict=True):
+        assert line["input_ids"] == record["expected"]["v1"]["input_ids"]
+        assert line["supervised"] == record["expected"]["v1"]["supervised"]
