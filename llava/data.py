@@ -30,7 +30,7 @@ from llava.tokens import (
 MAX_CHARACTERS = 2_000_000  # of one conversation; about 250 times what LLaVA-1.5 can read
 
 
-class Turn(msgspec.Struct, rename={"from_": "from"}):
+class Turn(msgspec.Struct, rename={"from_": "from"}, gc=False):
     """One message, `from_` "human" or "gpt"."""
 
     from_: str
