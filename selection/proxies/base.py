@@ -1,0 +1,186 @@
+"""The model that scores, behind one small interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from llava.errors import UsageError
+from llava.tokens import IGNORE_INDEX
+from selection.attention import LastRow
+
+if TYPE_CHECKING:
+    from llava.data import Record
+
+MIN_ROWS = 16
+"""Below this, CPU matrix products use other kernels, with other rounding, than for many rows."""
+
+
+def padded_length(length: int) -> int:
+    """Length that a sequence of `length` tokens is padded to: a function of its own length only.
+
+    The next multiple of 8, 16, 32, ... (about a sixteenth of the length, at least 8), at least
+    `MIN_ROWS`: on average 2-3 % of padding from 130 tokens on.
+    """
+    quantum = max(8, 1 << max(length // 16, 1).bit_length() - 1)
+    return max(MIN_ROWS, -(-length // quantum) * quantum)
+
+
+@dataclass
+class Prepared:
+    """Model inputs of one sample: `input_ids` and `labels` (L,) int64, images expanded to tokens.
+
+    `token_inputs` hold one number a token, (L,); `extras` are further model inputs whose first
+    axis counts images or patches (`pixel_values`, `image_sizes`, ...).
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    token_inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the sequence after padding, what a batch's size is counted in."""
+        return padded_length(len(self.input_ids))
+
+    @property
+    def key(self) -> tuple:
+        """Samples with equal keys may share a batch: same padded length, same kinds of images."""
+        extras = sorted((name, *tensor.shape[1:]) for name, tensor in self.extras.items())
+        return (self.n_tokens, *extras)
+
+
+@dataclass
+class Batch:
+    """Right-padded inputs on the proxy's device; `last` is each sample's last real position."""
+
+    input_ids: Tensor  # (B, S)
+    labels: Tensor  # (B, S)
+    last: Tensor  # (B,)
+    inputs: dict[str, Tensor]
+
+
+@dataclass
+class ForwardOut:
+    """`hidden` (B, S, H): states after the final norm; `attention` (B, S) float32: last rows."""
+
+    hidden: Tensor
+    attention: Tensor
+
+
+class StableRows(TorchFunctionMode):
+    """Pads linear layers of fewer than `MIN_ROWS` rows on the CPU, so that no row's result depends
+    on how many others it is computed with (image mergers and heads see few rows)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and args[0].is_cpu:
+            x = args[0]
+            rows = x.numel() // max(x.shape[-1], 1)
+            if rows < MIN_ROWS:
+                flat = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, MIN_ROWS - rows))
+                out = func(flat, *args[1:], **(kwargs or {}))
+                return out[:rows].reshape(*x.shape[:-1], out.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+class Proxy:
+    """A vision-language model in evaluation mode. Subclasses know how a record becomes inputs.
+
+    The model's text decoder is causal, so right padding needs no attention mask; without a mask
+    every kernel takes its fast path and a sample's numbers do not depend on its batch.
+    """
+
+    kind: str
+
+    def __init__(self, model: nn.Module, fingerprint: str, pad_id: int, max_length: int) -> None:
+        self.model = model.eval()
+        self.decoder = model.get_decoder()
+        self.head = model.get_output_embeddings()
+        self.fingerprint = fingerprint
+        self.pad_id = pad_id
+        self.max_length = max_length
+        text = model.config.get_text_config()
+        self.hidden_size: int = text.hidden_size
+        if text is not self.decoder.config:
+            # A model put together from parts: otherwise the attention switch misses one of them.
+            model.config.text_config = self.decoder.config
+        for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+            if getattr(text, name, None) not in (None, 1, 1.0):
+                raise UsageError(
+                    f"{type(model).__name__} rescales its logits ({name}), which the answer loss "
+                    "here does not do; choose another proxy"
+                )
+        self._row = LastRow(self.decoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def stored_dtype(self) -> str:
+        """Dtype in which states are stored: float32 for float32 proxies, else float16."""
+        return "float32" if self.dtype == torch.float32 else "float16"
+
+    def identity(self) -> dict[str, Any]:
+        """Everything about the proxy that decides numbers, JSON-serialisable."""
+        return {
+            "kind": self.kind,
+            "checkpoint": self.fingerprint,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "model_max_length": self.max_length,
+            "torch": _minor(torch.__version__),
+            "transformers": _minor(transformers.__version__),
+        }
+
+    def prepare(self, record: Record, image: Image | None) -> Prepared:
+        """Model inputs of one record, on the CPU. Raises `DataError` when it cannot be used."""
+        raise NotImplementedError
+
+    def collate(self, items: Sequence[Prepared], pad_to: int | None = None) -> Batch:
+        """Pad to `pad_to` tokens (default: the longest padded length) and move to the device."""
+        length = pad_to or max(item.n_tokens for item in items)
+
+        def stack(tensors: list[Tensor], fill: int) -> Tensor:
+            padded = [F.pad(tensor, (0, length - len(tensor)), value=fill) for tensor in tensors]
+            return torch.stack(padded).to(self.device, non_blocking=True)
+
+        inputs = {
+            name: stack([item.token_inputs[name] for item in items], 0)
+            for name in items[0].token_inputs
+        }
+        for name in items[0].extras:
+            tensor = torch.cat([item.extras[name] for item in items]).to(self.device)
+            inputs[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return Batch(
+            input_ids=stack([item.input_ids for item in items], self.pad_id),
+            labels=stack([item.labels for item in items], IGNORE_INDEX),
+            last=torch.tensor([len(item.input_ids) - 1 for item in items], device=self.device),
+            inputs=inputs,
+        )
+
+    def forward(self, batch: Batch) -> ForwardOut:
+        """Final hidden states and last attention rows of a batch, in one pass."""
+        with StableRows(), self._row as recorder:
+            recorder.last = batch.last
+            out = self.model.base_model(
+                input_ids=batch.input_ids, use_cache=False, return_dict=True, **batch.inputs
+            )
+            row, recorder.row = recorder.row, None
+        return ForwardOut(out.last_hidden_state, row)
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])

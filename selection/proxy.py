@@ -1,0 +1,80 @@
+"""Load the proxy, the model that scores the pool, by the files in its folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from llava.errors import UsageError
+from llava.model import checkpoint
+from selection.proxies.base import (
+    Batch,
+    ForwardOut,
+    Prepared,
+    Proxy,
+    padded_length,
+)
+from selection.proxies.llava import LlavaProxy
+from selection.proxies.processor import ProcessorProxy
+
+__all__ = [
+    "Batch",
+    "ForwardOut",
+    "LlavaProxy",
+    "Prepared",
+    "ProcessorProxy",
+    "Proxy",
+    "load_proxy",
+    "padded_length",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_proxy(
+    path: str | Path,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Proxy:
+    """Read a checkpoint as proxy.
+
+    `base` is the language model under a LoRA or projector-only checkpoint. `dtype` None or "auto"
+    is bfloat16 on a GPU that has it, float16 on another, float32 on a CPU; `device` None or "auto"
+    is this process's GPU where there is one. Raises UsageError, in one line, when the folder
+    cannot be read as a vision-language model.
+    """
+    where = pick_device(device)
+    kind = checkpoint.inspect(path)
+    number = pick_dtype(dtype, where)
+    if kind == "hf_other":
+        return ProcessorProxy.load(Path(path), number, where)
+    loaded = checkpoint.load(path, base=base, dtype=number, device=where)
+    return LlavaProxy(loaded, checkpoint.fingerprint(path, base))
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device called `name`; None or "auto" is the GPU of this local rank, else the CPU."""
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: PyTorch sees no CUDA device; use --device cpu")
+    if name == "cuda":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: use auto, cpu or cuda") from None
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; None or "auto" is the widest fast one of the device."""
+    if name in (None, "auto"):
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if name not in DTYPES:
+        raise UsageError(f"--dtype {name}: use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,68 @@
+"""What a signal is: per-sample arrays that one kind of model run produces."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+from PIL.Image import Image
+
+from selection.proxies.base import Proxy
+from selection.store import Column
+
+if TYPE_CHECKING:
+    from llava.data import Record
+
+
+class Item(Protocol):
+    """One prepared sample; `selection.proxies.base.Prepared` is the usual one."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens it takes in a batch, padding included."""
+
+    @property
+    def key(self) -> Any:
+        """Hashable; items with equal keys may share a batch."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pool sample as a signal sees it. `image` is None for a text-only record."""
+
+    row: int
+    uid: str
+    record: Record
+    image: Image | None
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Base of all signals: a frozen dataclass whose fields are the settings that decide numbers.
+
+    `prepare` runs in loader processes and must not touch the model; `compute` runs batches whose
+    items all have the same `key`.
+    """
+
+    name: ClassVar[str]
+    schema: ClassVar[int] = 1
+    """Raised whenever the code changes the numbers."""
+    may_be_nan: ClassVar[tuple[str, ...]] = ()
+    """Columns in which NaN means "does not apply" rather than a failed computation."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers besides proxy and pool."""
+        return {"settings": asdict(self), "schema": self.schema}
+
+    def columns(self, proxy: Proxy) -> list[Column]:
+        """Names, shapes and dtypes of what `compute` returns."""
+        raise NotImplementedError
+
+    def prepare(self, proxy: Proxy, sample: Sample) -> Item:
+        """Model inputs of one sample. Raises `UserError` when the sample cannot be used."""
+        return proxy.prepare(sample.record, sample.image)
+
+    def compute(self, proxy: Proxy, items: list[Item]) -> dict[str, np.ndarray]:
+        """One array (B, *shape) per column for a batch of B prepared samples."""
+        raise NotImplementedError
