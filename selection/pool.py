@@ -26,7 +26,7 @@ from selection.scan import line_number, split
 
 MAX_RECORD_BYTES = 16 * 2**20
 MAX_TURNS = 10_000
-MAX_PLAIN_BYTES = 10**5  # larger records are checked one by one
+_PLAIN_BYTES = 10**5  # larger records are checked one by one
 _ROLES = ["human", "gpt"] * 100
 _MASK = 2**64 - 1
 _CHUNK_BYTES = 2**18  # decoded at a time; 4 MiB costs 1.6 times as much (fresh pages)
@@ -152,9 +152,11 @@ class Pool:
 
     def id(self, row: int) -> Any:
         """The record's own `id` (opaque, may repeat); None where there is none."""
+        if self.ends[row] - self.starts[row] > MAX_RECORD_BYTES:
+            return None
         try:
             return msgspec.json.decode(self.raw(row), type=_Id).id
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
 
     def uid(self, row: int) -> str:
@@ -199,24 +201,24 @@ class _Index:
             raise DataError(f"{path}: no record is usable; row {row}: {reason}")
 
     def _add_chunk(self, first: int, starts: np.ndarray, ends: np.ndarray) -> None:
+        spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
         samples = self._decode_together(starts, ends)
         if samples is None:  # find out which record it is
-            samples = [self._decode(a, b) for a, b in zip(starts, ends, strict=True)]
-        self.bad |= {row: s for row, s in enumerate(samples, first) if isinstance(s, str)}
-        good = [None if isinstance(s, str) else s for s in samples]
+            samples = [self._decode(row, *span) for row, span in enumerate(spans, first)]
         names, digest = self.names, xxhash.xxh3_128_digest
-        uids = [digest(_encode((s.id, s.image, s.conversations))) if s else b"" for s in good]
-        for i in (i for i, s in enumerate(good) if s is None):
-            uids[i] = digest(self._buffer[starts[i] : ends[i]])
-        self.uids += b"".join(uids)
-        self.has_image += bytes([s is not None and s.image is not None for s in good])
-        sources = [source_of(s, s.named_source) if s else "unknown" for s in good]
+        keys = [
+            _encode((s.id, s.image, s.conversations)) if s else memoryview(self._buffer)[a:b]
+            for s, (a, b) in zip(samples, spans, strict=True)
+        ]
+        sources = [source_of(s, s.named_source) if s else "unknown" for s in samples]
+        self.uids += b"".join(map(digest, keys))
+        self.has_image += bytes([s is not None and s.image is not None for s in samples])
         self.codes.extend([names.setdefault(source, len(names)) for source in sources])
-        self.ids.extend([hash(repr(s.id)) & _MASK for s in good if s and s.id is not None])
+        self.ids.extend([hash(repr(s.id)) & _MASK for s in samples if s and s.id is not None])
 
     def _decode_together(self, starts: np.ndarray, ends: np.ndarray) -> list[_Sample] | None:
         """All records in one call; None when one of them is, or may be, unusable."""
-        if (ends - starts).max() > MAX_PLAIN_BYTES:
+        if (ends - starts).max() > _PLAIN_BYTES:
             return None
         together = self._buffer[starts[0] : ends[-1]]
         try:
@@ -226,20 +228,24 @@ class _Index:
                 samples = _SAMPLE.decode_lines(together)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
-        return samples if all(map(_alternates, samples)) else None
+        sound = len(samples) == len(starts) and all(map(_alternates, samples))
+        return samples if sound else None
 
-    def _decode(self, start: int, end: int) -> _Sample | str:
-        """The record, or why it cannot be used; raises DataError where a line is not JSON."""
-        if end - start > MAX_RECORD_BYTES:
-            return f"{end - start} bytes, more than {MAX_RECORD_BYTES}; split it"
-        raw = self._buffer[start:end]
+    def _decode(self, row: int, start: int, end: int) -> _Sample | None:
+        """The record, or None and the reason in `bad`; DataError where a line is not JSON."""
+        raw = self._buffer[start : min(end, start + MAX_RECORD_BYTES + 1)]
+        if len(raw) > MAX_RECORD_BYTES:
+            self.bad[row] = f"{end - start} bytes, more than {MAX_RECORD_BYTES}; split it"
+            return None
         try:
-            record = decode_record(raw, "")
+            n_turns = len(decode_record(raw, "").conversations)
         except DataError as error:
             self._refuse_torn_line(raw, start)
-            return str(error).removeprefix(": ")
-        if len(record.conversations) > MAX_TURNS:
-            return f"{len(record.conversations)} turns, more than {MAX_TURNS}; split it"
+            self.bad[row] = str(error).removeprefix(": ")
+            return None
+        if n_turns > MAX_TURNS:
+            self.bad[row] = f"{n_turns} turns, more than {MAX_TURNS}; split it"
+            return None
         return _SAMPLE.decode(raw)
 
     def _refuse_torn_line(self, raw: bytes, start: int) -> None:
