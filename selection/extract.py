@@ -268,12 +268,16 @@ def buckets(items: dict[int, Item]) -> list[list[int]]:
 
 
 def non_finite(columns: dict[str, np.ndarray], may_be_nan: Sequence[str] = ()) -> dict[int, str]:
-    """Batch rows that hold a NaN or an infinity, and in which column (promise P18)."""
+    """Batch rows that hold a NaN or an infinity, and in which column (promise P18).
+
+    In the columns `may_be_nan` only an infinity counts.
+    """
     failed: dict[int, str] = {}
     for name, array in columns.items():
-        if name in may_be_nan or not np.issubdtype(array.dtype, np.floating):
+        if not np.issubdtype(array.dtype, np.floating):
             continue
-        finite = np.isfinite(array).reshape(len(array), -1).all(1)
+        usable = ~np.isinf(array) if name in may_be_nan else np.isfinite(array)
+        finite = usable.reshape(len(array), -1).all(1)
         for k in np.flatnonzero(~finite):
             failed.setdefault(int(k), f"{name} is not finite in {array.dtype}")
     return failed

@@ -119,7 +119,7 @@ class Proxy:
                     f"{type(model).__name__} rescales its logits ({name}), which the answer loss "
                     "here does not do; choose another proxy"
                 )
-        self._row = LastRow(self.decoder)
+        self.recorder = LastRow(self.decoder)
 
     @property
     def device(self) -> torch.device:
@@ -149,6 +149,10 @@ class Proxy:
         """Model inputs of one record, on the CPU. Raises `DataError` when it cannot be used."""
         raise NotImplementedError
 
+    def rewrite(self, item: Prepared, record: Record, image: Image | None) -> Prepared:
+        """Model inputs of `record`, which is the sample of `item` in other words, same image."""
+        return self.prepare(record, image)
+
     def collate(self, items: Sequence[Prepared], pad_to: int | None = None) -> Batch:
         """Pad to `pad_to` tokens (default: the longest padded length) and move to the device."""
         length = pad_to or max(item.n_tokens for item in items)
@@ -161,19 +165,24 @@ class Proxy:
             name: stack([item.token_inputs[name] for item in items], 0)
             for name in items[0].token_inputs
         }
-        for name in items[0].extras:
-            tensor = torch.cat([item.extras[name] for item in items]).to(self.device)
-            inputs[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return Batch(
             input_ids=stack([item.input_ids for item in items], self.pad_id),
             labels=stack([item.labels for item in items], IGNORE_INDEX),
             last=torch.tensor([len(item.input_ids) - 1 for item in items], device=self.device),
-            inputs=inputs,
+            inputs={**inputs, **self.image_inputs(items)},
         )
+
+    def image_inputs(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
+        """The `extras` of all items, one after another, on the device."""
+        inputs = {}
+        for name in items[0].extras:
+            tensor = torch.cat([item.extras[name] for item in items]).to(self.device)
+            inputs[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return inputs
 
     def forward(self, batch: Batch) -> ForwardOut:
         """Final hidden states and last attention rows of a batch, in one pass."""
-        with StableRows(), self._row as recorder:
+        with StableRows(), self.recorder as recorder:
             recorder.last = batch.last
             out = self.model.base_model(
                 input_ids=batch.input_ids, use_cache=False, return_dict=True, **batch.inputs

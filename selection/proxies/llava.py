@@ -9,7 +9,7 @@ from PIL.Image import Image
 from llava.conversation import get_template
 from llava.data import expand_image
 from llava.errors import DataError
-from llava.tokens import IMAGE_TOKEN_INDEX, encode_conversation
+from llava.tokens import IMAGE_TOKEN_INDEX, Encoded, encode_conversation
 from selection.proxies.base import Prepared, Proxy
 
 if TYPE_CHECKING:
@@ -38,15 +38,25 @@ class LlavaProxy(Proxy):
         }
 
     def prepare(self, record: Record, image: Image | None) -> Prepared:
-        loaded, has_image = self.loaded, image is not None
-        if has_image and loaded.image_processor is None:
+        if image is not None and self.loaded.image_processor is None:
             raise DataError("has an image, but the proxy is a language model without vision")
-        turns = [(turn.from_, turn.value) for turn in record.conversations]
-        encoded = encode_conversation(turns, has_image, self.template, loaded.tokenizer)
-        # As in LLaVA, an image that no turn refers to is not shown to the model.
+        encoded, shown = self._encode(record, image is not None)
+        extras = {"pixel_values": self.loaded.image_processor(image)[None]} if shown else {}
+        return Prepared(encoded.input_ids, encoded.labels, extras)
+
+    def rewrite(self, item: Prepared, record: Record, image: Image | None) -> Prepared:
+        encoded, shown = self._encode(record, image is not None)
+        return Prepared(encoded.input_ids, encoded.labels, item.extras if shown else {})
+
+    def _encode(self, record: Record, has_image: bool) -> tuple[Encoded, bool]:
+        """Ids and labels with the image expanded, and whether the image is shown at all.
+
+        As in LLaVA, an image that no turn refers to is not shown to the model.
+        """
+        loaded = self.loaded
+        encoded = encode_conversation(record.turns, has_image, self.template, loaded.tokenizer)
         shown = bool((encoded.input_ids == IMAGE_TOKEN_INDEX).any())
-        encoded = expand_image(
+        expanded = expand_image(
             encoded, loaded.n_image_tokens, loaded.image_token_id, self.max_length
         )
-        extras = {"pixel_values": loaded.image_processor(image)[None]} if shown else {}
-        return Prepared(encoded.input_ids, encoded.labels, extras)
+        return expanded, shown
