@@ -105,7 +105,6 @@ def wrap(
     """`model` with tokenizer and image processor from the first folder that has them."""
     tokenizer = tokenizer_folder(tokenizer_folders)
     config = model.config
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     loaded = Loaded(
         model=model,
         tokenizer=load_tokenizer(tokenizer),
@@ -113,7 +112,7 @@ def wrap(
         template_name=settings["template"],
         image_token_id=None,
         n_image_tokens=0,
-        model_max_length=min(settings["model_max_length"], longest or settings["model_max_length"]),
+        model_max_length=fitting_length(model, settings["model_max_length"]),
         kind=kind,
         tokenizer_files=_read_files(tokenizer),
     )
@@ -122,6 +121,12 @@ def wrap(
         loaded.image_token_id = config.image_token_id
         loaded.n_image_tokens = count_image_tokens(config)
     return loaded
+
+
+def fitting_length(model: PreTrainedModel, length: int) -> int:
+    """`length`, or the number of positions that the language model has if that is less."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length if longest is None else min(length, longest)
 
 
 def count_image_tokens(config: LlavaConfig) -> int:
@@ -161,15 +166,16 @@ def _image_processor(
     return processor
 
 
-def save(loaded: Loaded, path: str | Path) -> None:
+def save(loaded: Loaded, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write `loaded` as a llava-hf directory that this module and transformers 4.37 to 5 load.
 
-    Weights go under the classic llava-hf names; `config.json` comes last, so that a directory
-    that was not finished is not taken for a model. Raises StorageError.
+    Weights go under the classic llava-hf names, as `dtype` unless that is None; `config.json`
+    comes last, so that a directory that was not finished is not taken for a model. Raises
+    StorageError.
     """
     folder = Path(path)
     model = loaded.model
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     if isinstance(model.config, LlavaConfig):
         state = {classic_name(name): tensor for name, tensor in state.items()}
         output = "language_model.lm_head.weight"
@@ -185,7 +191,7 @@ def save(loaded: Loaded, path: str | Path) -> None:
         write_json(folder / _PREPROCESSOR, _preprocessor(loaded.image_processor))
     write_settings(loaded, folder)
     write_json(folder / "generation_config.json", _generation(model))
-    write_json(folder / "config.json", _config(model))
+    write_json(folder / "config.json", _config(model, state))
 
 
 def write_settings(loaded: Loaded, folder: Path) -> None:
@@ -207,10 +213,13 @@ def write_state(state: State, folder: Path) -> None:
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _config(model: PreTrainedModel) -> dict[str, Any]:
+def _config(model: PreTrainedModel, state: State) -> dict[str, Any]:
     """The configuration, with the rope base also where transformers before 5 looks for it."""
     values = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
     text = values.get("text_config", values)
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    for part in (values, text, values.get("vision_config", {})):
+        part["dtype"] = max(dtypes)  # float32 where types are mixed
     rope = model.config.get_text_config().rope_parameters or {}
     if "rope_theta" in rope:
         text["rope_theta"] = rope["rope_theta"]

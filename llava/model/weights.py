@@ -81,18 +81,18 @@ def classic_name(name: str) -> str:
 
 
 def find_directory(name: str | Path, beside: Path | None = None) -> Path:
-    """The directory that `name` means: a path, one in or next to `beside`, or a hub repository.
+    """The directory that `name` means: a path, first from `beside`; one next to it; a hub's.
 
     Raises UsageError when there is none, or the hub cannot be reached and has no cached copy.
     """
     text = str(name)
     places = [Path(text).expanduser()]
     if beside is not None:
-        places += [beside / text, beside.resolve().parent / Path(text).name]
+        places = [beside / text, *places, beside.resolve().parent / Path(text).name]
     for place in places:
         if place.is_dir():
             return place
-    if places[0].exists() or not _HUB_NAME.fullmatch(text):
+    if Path(text).exists() or not _HUB_NAME.fullmatch(text):
         raise UsageError(f"{text}: no such model directory")
     return _from_hub(text)
 
@@ -149,7 +149,8 @@ def make_config(values: dict[str, Any], where: Path, kind: str | None = None) ->
     if values.get("quantization_config"):
         raise UsageError(f"{where}: quantised weights; give the checkpoint in 16 or 32 bits")
     try:
-        return CONFIG_MAPPING[kind].from_dict(_plain({**values, "model_type": kind}, where))
+        with quiet_transformers():
+            return CONFIG_MAPPING[kind].from_dict(_plain({**values, "model_type": kind}, where))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
 

@@ -80,7 +80,7 @@ def _make_clip(folder: Path) -> None:
         "initializer_range": 0.2,
     }
     vision = {"hidden_size": 24, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, **common}
-    text = {"hidden_size": 16, "vocab_size": 64, **common}
+    text = {"hidden_size": 16, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, **common}
     CLIPModel(CLIPConfig(vision_config=vision, text_config=text)).save_pretrained(folder)
     CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
