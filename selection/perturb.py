@@ -46,9 +46,8 @@ def perturbations(
 ) -> list[PerturbedRecord]:
     """All corrupted copies of a multiple-choice sample; an empty list if it is none.
 
-    A turn is multiple choice when its text parses and its answer is the bare symbol of an option.
-    Copy `k` rewrites every such turn by its own k-th order, starting again after its last, and by
-    the symbols; the other turns stay.
+    Copy `k` rewrites every multiple-choice turn (`choice_turns`) by its own k-th order, starting
+    again after its last, and by the symbols; the other turns stay.
 
     Args:
         key: names the sample (its uid); decides which orders are drawn when not all are used.
@@ -56,7 +55,7 @@ def perturbations(
         max_orders: at most this many copies; the default is all for up to five options.
         permute: False leaves the order alone, so that there is one copy, under other symbols.
     """
-    questions = _questions(turns)
+    questions = choice_turns(turns)
     limit = max_orders if permute else 1
     ways = {
         index: attacks.orders(len(question.options), f"{key}|{index}", limit)
@@ -77,8 +76,11 @@ def perturbations(
     return copies
 
 
-def _questions(turns: Turns) -> dict[int, tuple[attacks.Question, int]]:
-    """Position of each multiple-choice turn -> the question and its right option."""
+def choice_turns(turns: Turns) -> dict[int, tuple[attacks.Question, int]]:
+    """Position of each multiple-choice turn -> the question and its right option.
+
+    A turn is one when its text parses and the next turn is the bare symbol of an option.
+    """
     found = {}
     for index, ((role, text), (next_role, answer)) in enumerate(
         zip(turns, turns[1:], strict=False)
