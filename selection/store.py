@@ -272,7 +272,7 @@ class StoreReader:
         """Open a finished store; raises `StorageError` naming what is missing or damaged."""
         folder = Path(folder)
         manifest = read_index(folder / "manifest.json")
-        if manifest is None:
+        if manifest is None or manifest["fingerprint"] != fingerprint(manifest["identity"]):
             state = "damaged or edited" if (folder / "manifest.json").exists() else "absent"
             raise StorageError(
                 f"{folder}: manifest.json is {state}; run the command that made this store again, "

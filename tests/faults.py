@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -118,28 +117,38 @@ def flip_bit(path: Path, byte: int, bit: int = 0) -> None:
     path.write_bytes(data)
 
 
-def corruptions(blocks: Sequence[Path]) -> dict[str, Callable[[], None]]:
-    """Ways to damage `blocks[1]` (of at least three block files), by name."""
-    path, other = blocks[1], blocks[2]
-    size = path.stat().st_size
+DAMAGE = [
+    *(f"flip bit at {percent}%" for percent in (0, 1, 2, 3, 5, *range(10, 101, 9), 100)),
+    *(f"truncate to {percent}%" for percent in (0, 1, 2, 10, 50, 99)),
+    "append a byte",
+    "delete",
+    "duplicate another over it",
+    "rename",
+    "swap with another",
+]
 
-    def swap() -> None:
-        mine, theirs = path.read_bytes(), other.read_bytes()
-        path.write_bytes(theirs)
-        other.write_bytes(mine)
 
-    damage = {
-        f"flip bit of byte {at}": lambda at=at: flip_bit(path, at, at % 8)
-        for at in [0, 7, 8, 20, size // 2, size - 1, *random.Random(0).sample(range(size), 20)]
-    }
-    for keep in (0, 1, 7, 8, 100, size // 2, size - 1):
-        damage[f"truncate to {keep}"] = lambda keep=keep: os.truncate(path, keep)
-    damage["append a byte"] = lambda: path.write_bytes(path.read_bytes() + b"\0")
-    damage["delete"] = path.unlink
-    damage["duplicate another block over it"] = lambda: shutil.copy(other, path)
-    damage["rename"] = lambda: path.rename(path.with_name("block-000099.safetensors"))
-    damage["swap with another block"] = swap
-    return damage
+def corrupt(paths: Sequence[Path], kind: str) -> None:
+    """Damage `paths[1]` (of at least three files) in one of the ways of `DAMAGE`."""
+    path, other = paths[1], paths[2]
+    data, last = path.read_bytes(), path.stat().st_size - 1
+    at = last * int(kind.rpartition(" ")[2][:-1]) // 100 if kind.endswith("%") else 0
+    match kind.split()[0]:
+        case "flip":
+            flip_bit(path, at, at % 8)
+        case "truncate":
+            os.truncate(path, at)
+        case "append":
+            path.write_bytes(data + b"\0")
+        case "delete":
+            path.unlink()
+        case "duplicate":
+            shutil.copy(other, path)
+        case "rename":
+            path.rename(path.with_name("block-000099.safetensors"))
+        case "swap":
+            path.write_bytes(other.read_bytes())
+            other.write_bytes(data)
 
 
 @contextmanager
