@@ -67,13 +67,12 @@ def extract(
     block_size: int = DEFAULT_BLOCK_SIZE,
     num_workers: int = 0,
     max_bad: float = MAX_BAD,
-    rank: int | None = None,
-    world_size: int | None = None,
+    ranks: Ranks | None = None,
     progress: bool = True,
 ) -> StoreReader:
     """Compute what is missing of `signal` for pool `rows` (n,), in that order, and open the store.
 
-    Under torchrun every rank calls this; `rank` and `world_size` default to its environment. A
+    Under torchrun every rank calls this, with the `ranks` of the process if it has made some. A
     batch holds at most `batch_size` samples and `max_tokens` tokens, padding included.
     `num_workers` processes prepare samples while the device computes; 0 prepares in line.
 
@@ -82,21 +81,21 @@ def extract(
     """
     rows = np.asarray(rows, dtype=np.int64)
     _check_images(pool, rows, image_folder)
-    ranks = Ranks(rank, world_size)
+    ranks = ranks or Ranks()
     target = (signal.name, signal_identity(signal, proxy, pool, rows), rows, signal.columns(proxy))
     folder = store_folder(store_root, *target)
-    if not ranks.from_first(is_complete(folder)):
-        if ranks.rank == 0:
-            writer = StoreWriter.open(store_root, *target, block_size, 0)
-        ranks.barrier()
-        if ranks.rank > 0:
-            writer = StoreWriter.open(store_root, *target, block_size, ranks.rank)
-        missing = ranks.from_first(writer.missing_blocks() if ranks.rank == 0 else None)
+    if not ranks.from_first(lambda: is_complete(folder)):
+        if not ranks.is_first:
+            ranks.barrier()  # rank 0 begins the store and fixes its block size
+        writer = StoreWriter.open(store_root, *target, block_size, ranks.rank)
+        if ranks.is_first:
+            ranks.barrier()
+        missing = ranks.from_first(writer.missing_blocks)
         samples = _Samples(signal, proxy, pool, image_folder)
         run = _Run(signal, proxy, samples, batch_size, max_tokens, allowed_bad(len(rows), max_bad))
         run.write_blocks(writer, missing[ranks.rank :: ranks.world_size], num_workers, progress)
         ranks.barrier()
-        if ranks.rank == 0:
+        if ranks.is_first:
             writer.finish()
         ranks.barrier()
     reader = StoreReader.open(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -34,7 +35,15 @@ class Ranks:
         if self._group is not None:
             dist.barrier(group=self._group)
 
-    def from_first(self, value: Any) -> Any:
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What `make`, called on rank 0 alone, returns, on every rank."""
+        return self.share(make() if self.is_first else None)
+
+    def share(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         if self._group is None:
             return value
