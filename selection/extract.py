@@ -80,7 +80,7 @@ def extract(
     scored, UsageError when the image folder is missing, StorageError when the disk refuses.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    _check_images(pool, rows, image_folder)
+    check_images(pool, rows, image_folder)
     ranks = ranks or Ranks()
     target = (signal.name, signal_identity(signal, proxy, pool, rows), rows, signal.columns(proxy))
     folder = store_folder(store_root, *target)
@@ -91,7 +91,7 @@ def extract(
         if ranks.is_first:
             ranks.barrier()
         missing = ranks.from_first(writer.missing_blocks)
-        samples = _Samples(signal, proxy, pool, image_folder)
+        samples = Samples(signal, proxy, pool, image_folder)
         run = _Run(signal, proxy, samples, batch_size, max_tokens, allowed_bad(len(rows), max_bad))
         run.write_blocks(writer, missing[ranks.rank :: ranks.world_size], num_workers, progress)
         ranks.barrier()
@@ -120,7 +120,7 @@ def check_bad(bad: Sequence[dict], allowed: int, pool: Pool, folder: Path) -> No
     )
 
 
-class _Samples(Dataset):
+class Samples(Dataset):
     """Pool rows as items of a signal; runs in loader processes."""
 
     def __init__(
@@ -156,7 +156,7 @@ class _Run:
         self,
         signal: Signal,
         proxy: Proxy,
-        samples: _Samples,
+        samples: Samples,
         batch_size: int,
         max_tokens: int,
         allowed: int,
@@ -237,7 +237,7 @@ class _Run:
 
 
 def load(
-    samples: _Samples, rows: Sequence[int], num_workers: int, ahead: int
+    samples: Samples, rows: Sequence[int], num_workers: int, ahead: int
 ) -> Iterator[Item | Unusable]:
     """Prepared samples in the order of `rows`; loader processes stay `ahead` samples ahead."""
     if num_workers == 0:
@@ -299,7 +299,8 @@ def _as_is(item: Item | Unusable) -> Item | Unusable:
     return item
 
 
-def _check_images(pool: Pool, rows: np.ndarray, image_folder: str | Path | None) -> None:
+def check_images(pool: Pool, rows: np.ndarray, image_folder: str | Path | None) -> None:
+    """Raise UsageError when `rows` have images and there is no folder to find them in."""
     if not pool.has_image[rows].any():
         return
     if image_folder is None:
