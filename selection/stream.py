@@ -72,6 +72,17 @@ def unit(vectors: torch.Tensor) -> torch.Tensor:
     return vectors / norms(vectors).clamp_min(1e-30)[:, None]
 
 
+def cosines(vectors: torch.Tensor, columns: torch.Tensor) -> np.ndarray:
+    """Products of `vectors` (n, D) over their length with `columns` (D,) or (D, C), float64.
+
+    Cosines when the columns have length one. NaN for a row that is zero or not finite.
+    """
+    lengths = norms(vectors).double()
+    lengths[~lengths.isfinite()] = torch.nan
+    products = (vectors @ columns).double()
+    return (products / (lengths if products.ndim == 1 else lengths[:, None])).numpy()
+
+
 def _width(reader: StoreReader, names: Sequence[str]) -> int:
     return sum(reader.columns[name].shape[0] for name in names)
 

@@ -1,0 +1,126 @@
+"""A small pool on disk with made-up signals in real stores, for tests of every method."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from selection.methods.base import Context
+from selection.pool import Pool
+from selection.store import Column, StoreReader, StoreWriter
+
+H = 12  # hidden size
+WORDINGS = {
+    "phrase": "What is it?\nAnswer the question using a single word or phrase.",
+    "choice": "Which?\nA. a\nB. b\nAnswer with the option's letter from the given choices directly.",
+    "caption": "Provide a one-sentence caption for the provided image.",
+    "plain_text": "Tell me a story.",
+}
+
+
+@dataclass
+class World:
+    """Pool and signals; `forward` and `perturbed` hold arrays (N, ...) by pool row."""
+
+    folder: Path
+    pool: Pool
+    formats: np.ndarray
+    forward: dict[str, np.ndarray]
+    perturbed: dict[str, np.ndarray]
+    bad: list[int] = field(default_factory=list)
+    requested: list[np.ndarray] = field(default_factory=list)
+
+    def store(self, name: str, arrays: dict, rows: np.ndarray, block_size: int) -> StoreReader:
+        columns = [Column(key, a.shape[1:], a.dtype.name) for key, a in arrays.items()]
+        identity = {"made for": "tests", "block_size": block_size}
+        writer = StoreWriter.open(self.folder, name, identity, rows, columns, block_size)
+        for i in writer.missing_blocks():
+            mine = writer.block_rows(i)
+            bad = [{"row": int(r), "uid": "", "reason": "made up"} for r in mine if r in self.bad]
+            writer.write_block(i, {key: a[mine] for key, a in arrays.items()}, bad)
+        writer.finish()
+        return StoreReader.open(writer.folder)
+
+    def context(self, block_size: int = 16) -> Context:
+        rows = np.arange(len(self.pool))
+        return Context(
+            self.pool, {"forward": self.store("forward", self.forward, rows, block_size)}
+        )
+
+    def run(self, method, seed: int = 0, block_size: int = 16):
+        """`Method.run` with stores of `block_size`; the rows it asks for go to `requested`."""
+
+        def extract(requests):
+            assert set(requests) == {"perturbed"}
+            self.requested.append(requests["perturbed"].rows)
+            rows = requests["perturbed"].rows
+            return {"perturbed": self.store("perturbed", self.perturbed, rows, block_size)}
+
+        return method.run(self.context(block_size), seed, extract)
+
+    def reordered(self, folder: Path, order: np.ndarray) -> World:
+        """The same samples with the same signals in another order."""
+        raws = [self.pool.raw(int(row)) for row in order]
+        folder.mkdir()
+        (folder / "pool.json").write_bytes(b"[" + b",".join(raws) + b"]")
+        return World(
+            folder,
+            Pool.open(folder / "pool.json"),
+            self.formats[order],
+            {key: a[order] for key, a in self.forward.items()},
+            {key: a[order] for key, a in self.perturbed.items()},
+            [int(np.flatnonzero(order == row)[0]) for row in self.bad],
+        )
+
+
+def make_world(folder: Path, n: int = 150, seed: int = 0, formats=tuple(WORDINGS)) -> World:
+    """`n` samples over `formats` and three sources; vectors lie around one direction per format."""
+    rng = np.random.default_rng(seed)
+    kinds = np.array(formats)[rng.integers(len(formats), size=n)]
+    records = []
+    for i, kind in enumerate(kinds):
+        turns = [("human", WORDINGS[kind]), ("gpt", f"answer {i}")]
+        record = {"id": i, "source": f"source{i % 7 % 3}"}
+        if kind != "plain_text":
+            record["image"] = f"{i}.png"
+        record["conversations"] = [{"from": role, "value": text} for role, text in turns]
+        records.append(record)
+    (folder / "pool.json").write_text(json.dumps(records))
+    centre = rng.normal(size=(len(formats), H))[[list(formats).index(kind) for kind in kinds]]
+    vectors = {
+        name: (centre + rng.normal(size=(n, H))).astype(np.float16)
+        for name in ("last_state", "attention_state", "mean_state")
+    }
+    is_choice, no_attack = kinds == "choice", kinds == "plain_text"
+    attack = {
+        "kind": np.where(is_choice, 1, np.where(no_attack, 0, 2)).astype(np.int32),
+        "gap": np.where(no_attack, np.nan, rng.exponential(size=n)).astype(np.float32),
+        "n_failed": np.where(is_choice, rng.integers(0, 3, n), 0).astype(np.int32),
+        "loss_perturbed": np.where(no_attack, np.nan, rng.exponential(size=n)).astype(np.float32),
+        "last_state": rng.normal(size=(n, H)).astype(np.float16),
+        "attention_state": rng.normal(size=(n, H)).astype(np.float16),
+    }
+    scalars = {"nll_mean": rng.exponential(size=n).astype(np.float32)}
+    pool = Pool.open(folder / "pool.json")
+    return World(folder, pool, kinds, {**vectors, **scalars}, attack)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return make_world(tmp_path)
+
+
+@pytest.fixture
+def new_world(tmp_path: Path):
+    """Maker of further worlds, each in a folder of its own."""
+
+    def make(name: str, **choices) -> World:
+        folder = tmp_path / name
+        folder.mkdir()
+        return make_world(folder, **choices)
+
+    return make
