@@ -84,10 +84,10 @@ def assemble(
         state = fresh_projector(vision_config.hidden_size, text_config.hidden_size, generator)
     else:
         state = read_projector(Path(projector))
+        check_projector_size(state, vision_config, text_config, Path(projector))
     parts = Parts(text_config, text_state, vision_config, vision_state, state)
-    config, full = combine(
-        parts, load_tokenizer(language_model_dir).vocab_size, feature_layer, feature_strategy
-    )
+    vocab_size = load_tokenizer(language_model_dir).vocab_size
+    config, full = combine(parts, vocab_size, feature_layer, feature_strategy)
     dtype = dtype or full[EMBEDDING].dtype
     return build(LlavaForConditionalGeneration, config, full, dtype, language_model_dir)
 
@@ -145,6 +145,19 @@ def check_projector(state: State, where: Path) -> None:
         names = ", ".join(sorted(found)) or "none"
         raise UsageError(
             f"{where}: no two-layer projector (mm_projector_type mlp2x_gelu); its weights: {names}"
+        )
+
+
+def check_projector_size(
+    state: State, vision: PreTrainedConfig, text: PreTrainedConfig, where: Path
+) -> None:
+    """Raise UsageError unless the projector leads from the tower to the language model."""
+    found = tuple(state[f"{PROJECTOR}linear_1.weight"].shape)
+    if found != (text.hidden_size, vision.hidden_size):
+        raise UsageError(
+            f"{where}: projects {found[-1]} features to {found[0]}, but the vision tower gives "
+            f"{vision.hidden_size} and the language model takes {text.hidden_size}; it belongs "
+            "to another language model or vision tower"
         )
 
 

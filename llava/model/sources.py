@@ -32,6 +32,7 @@ from . import lora
 from .assemble import (
     Parts,
     check_projector,
+    check_projector_size,
     combine,
     read_language_model,
     read_projector,
@@ -132,6 +133,7 @@ def _hugging_face_kind(folder: Path, values: dict[str, Any]) -> Kind:
 
 
 def read(folder: Path, kind: Kind, base: str | Path | None) -> Source:
+    """Configuration, weights and settings of `folder`, put on `base` where it needs one."""
     if kind in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY):
         return _read_on_base(folder, kind, base)
     if kind is Kind.HF_OTHER:
@@ -207,6 +209,8 @@ def _with_tower(
     tokenizer_folders: list[Path],
 ) -> Source:
     """Original LLaVA's weights completed by the vision tower that its configuration names."""
+    if values.get("mm_use_im_start_end"):
+        raise UsageError(f"{folder}: mm_use_im_start_end is of an older LLaVA and not supported")
     name = values.get("mm_vision_tower")
     if not name:
         raise UsageError(f"{folder}: config.json does not name its vision tower (mm_vision_tower)")
@@ -223,12 +227,13 @@ def _with_tower(
         vision_config = read_vision_config(tower_folder)
     else:
         vision_config, tower = read_vision_tower(tower_folder)
+    check_projector_size(projector, vision_config, text_config, folder)
     vocab_size = load_tokenizer(tokenizer_folder(tokenizer_folders)).vocab_size
     config, full = combine(
         Parts(text_config, text_state, vision_config, tower, projector),
         vocab_size,
         values.get("mm_vision_select_layer", -2),
-        _STRATEGIES[values.get("mm_vision_select_feature", "patch")],
+        _STRATEGIES.get(values.get("mm_vision_select_feature", "patch"), "default"),
     )
     settings = _settings(folder, values)
     return Source(config, full, settings, tokenizer_folders, [folder, tower_folder])
@@ -252,6 +257,7 @@ def _settings(folder: Path, values: dict[str, Any], partial: bool = False) -> di
 
 
 def tokenizer_folder(folders: list[Path]) -> Path:
+    """The first of `folders` that holds a vocabulary; UsageError if none does."""
     for folder in folders:
         if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
             return folder

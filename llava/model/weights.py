@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -151,7 +152,7 @@ def make_config(values: dict[str, Any], where: Path, kind: str | None = None) ->
     try:
         with quiet_transformers():
             return CONFIG_MAPPING[kind].from_dict(_plain({**values, "model_type": kind}, where))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
 
 

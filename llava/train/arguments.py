@@ -1,7 +1,7 @@
 """Flags of `python -m llava.train`: LLaVA's names, on top of all flags of Hugging Face's Trainer.
 
-Defaults are LLaVA-1.5's (LLaVA's own classes still default to an older model; its scripts pass
-every value, so they run the same). Names that newer transformers dropped are still understood.
+LLaVA's own flags default to LLaVA-1.5 (its classes still default to an older model; its scripts
+pass every value, so they run the same). Names that newer transformers dropped are understood.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ class _Formatter(ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action: Any) -> str:
         name = action.option_strings[0]
-        return name if action.nargs == 0 else f"{name} {action.dest.split('_')[-1].upper()}"
+        value = "True" if action.nargs == "?" else action.dest.split("_")[-1].upper()
+        return name if action.nargs == 0 else f"{name} {value}"
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -198,7 +199,7 @@ def _shorten_help(parser: HfArgumentParser) -> None:
         hidden = action.dest in inherited and action.dest not in (*COMMON, *own)
         if hidden or action.option_strings[0].startswith("--no_"):
             action.help = SUPPRESS
-        elif action.help is not None:  # transformers' run to paragraphs
+        elif action.dest in COMMON and action.help is not None:  # transformers' run to paragraphs
             action.help = action.help.split(". ")[0].rstrip(".").replace("\n", " ")
 
 
