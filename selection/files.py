@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,16 +41,17 @@ def storage_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def atomic_write(path: str | Path, data: bytes | memoryview) -> None:
+def atomic_write(path: str | Path, data: bytes | Iterable[bytes]) -> None:
     """Put `data` at `path` so that a reader sees the old file or the whole new one, never a part.
 
-    Raises `StorageError` when the disk is full, read-only or faulty; the old file is then intact.
+    A large file may be given piece by piece. Raises `StorageError` when the disk is full,
+    read-only or faulty; the old file is then intact.
     """
     path = Path(path)
     temp = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     with storage_errors(path):
         try:
-            _write_synced(temp, data, os.O_CREAT | os.O_EXCL)
+            _write_synced(temp, [data] if isinstance(data, bytes) else data, os.O_EXCL)
             os.replace(temp, path)
         except OSError:
             remove(temp)
@@ -67,7 +68,7 @@ def append_line(path: str | Path, line: bytes) -> None:
     path = Path(path)
     with storage_errors(path):
         new = not path.exists()
-        _write_synced(path, b"\n" + line + b"\n", os.O_CREAT | os.O_APPEND)
+        _write_synced(path, [b"\n" + line + b"\n"], os.O_APPEND)
         if new:
             sync_folder(path.parent)
 
@@ -108,12 +109,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_synced(path: Path, data: bytes | memoryview, flags: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | flags, 0o666)
+def _write_synced(path: Path, pieces: Iterable[bytes], flags: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o666)
     try:
-        view = memoryview(data).cast("B")
-        while view:
-            view = view[os.write(descriptor, view) :]
+        for piece in pieces:
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(descriptor, view) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
