@@ -14,9 +14,10 @@ from selection.pool import Pool
 from selection.store import Column, StoreReader, StoreWriter
 
 H = 12  # hidden size
+LETTER = "Answer with the option's letter from the given choices directly."
 WORDINGS = {
     "phrase": "What is it?\nAnswer the question using a single word or phrase.",
-    "choice": "Which?\nA. a\nB. b\nAnswer with the option's letter from the given choices directly.",
+    "choice": f"Which?\nA. a\nB. b\n{LETTER}",
     "caption": "Provide a one-sentence caption for the provided image.",
     "plain_text": "Tell me a story.",
 }
