@@ -103,6 +103,19 @@ def open_image(
     Raises BadImage: reference refused (see `resolve_image`), file missing, empty, unreadable, not
     a file or not an image, more than `max_pixels` by its header, truncated or corrupt.
     """
+    return _read(root, ref, max_pixels, extra_roots, decode=True)
+
+
+def check_image(
+    root: str | Path, ref: str, max_pixels: float = MAX_PIXELS, extra_roots: Sequence[Path] = ()
+) -> None:
+    """Raise BadImage as `open_image` does, but read the header alone: damage behind it stays."""
+    _read(root, ref, max_pixels, extra_roots, decode=False)
+
+
+def _read(
+    root: str | Path, ref: str, max_pixels: float, extra_roots: Sequence[Path], decode: bool
+) -> Image.Image:
     path = resolve_image(Path(root), ref, extra_roots)
     try:
         status = path.stat()
@@ -111,14 +124,14 @@ def open_image(
         if status.st_size == 0:
             raise BadImage("the file is empty", ref)
         with path.open("rb") as file:
-            return _decode(file, ref, max_pixels)
+            return _decode(file, ref, max_pixels, decode)
     except FileNotFoundError as error:
         raise BadImage(f"no such file under {root}", ref) from error
     except OSError as error:
         raise BadImage(error.strerror or str(error), ref) from error
 
 
-def _decode(file: Any, ref: str, max_pixels: float) -> Image.Image:
+def _decode(file: Any, ref: str, max_pixels: float, decode: bool) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd palettes and metadata; size is our own check
         try:
@@ -126,6 +139,8 @@ def _decode(file: Any, ref: str, max_pixels: float) -> Image.Image:
             width, height = image.size
             if not 0 < width * height <= max_pixels:
                 raise BadImage(f"{width} x {height} pixels, the limit is {max_pixels:.0f}", ref)
+            if not decode:
+                return image
             image.load()
             return _to_rgb(image, ref)
         except (BadImage, MemoryError):

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Picks the training subset worth using. Nothing set: ARDS on the small real world, two CPU cores, under ten minutes
+# the first time (downloads, pictures, warm-up of the proxy) and under three afterwards.
+#
+#   bash selection.sh                                   the small real world, 30 % by ARDS
+#   bash selection.sh random --budget 0.1               another method, any flag of `python -m selection select METHOD --help`
+#   bash selection.sh --pool llava_v1_5_mix665k.json --images playground/data --model checkpoints/llava-7b-warmup \
+#     --model-base lmsys/vicuna-7b-v1.5 --budget 0.3 --out outputs/ards30        LLaVA-665K on every GPU of this node
+#
+# NPROC=2     processes (default: one a GPU, else one); several nodes: scripts/slurm/selection.sbatch
+# PYTHON=...  use this interpreter instead of making .venv
+set -euo pipefail
+cd "$(dirname "$0")"
+source scripts/setup.sh
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
+
+# The default pool is built, and its proxy warmed up, unless the caller names a pool or only asks for help.
+small_world=1
+for argument in "$@"; do
+  case "$argument" in --pool | --pool=* | --config | --config=* | --help | -h | --print_config*) small_world= ;; esac
+done
+defaults=()
+if [ -n "$small_world" ]; then
+  world=playground/mini
+  "$PYTHON" -m mini build --out "$world"
+  "$PYTHON" -m mini warmup --world "$world"
+  defaults=(--pool "$world/pool.json" --images "$world/images" --model "$world/checkpoints/warmup" --budget 0.3)
+fi
+
+method=ards
+case "${1:-}" in "" | -*) ;; *) method=$1; shift ;; esac
+nproc=${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
+if [ "$nproc" -gt 1 ] || [ -n "${TORCHRUN_ARGS:-}" ]; then
+  # shellcheck disable=SC2206  # TORCHRUN_ARGS is a list of flags
+  run=("$PYTHON" -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} --nproc_per_node "$nproc" -m selection)
+else
+  run=("$PYTHON" -m selection)
+fi
+"${run[@]}" select "$method" "${defaults[@]}" "$@"

@@ -1,0 +1,130 @@
+"""`python -m selection`: pick the training subset worth using.
+
+list      the methods, what they read, their presets
+check     every defect of a pool, before a GPU is used
+extract   compute the forward signals of a pool (they are shared by all methods)
+select    choose a subset: python -m selection select METHOD --pool ... --budget 0.3
+verify    check a finished run: hashes, exact subset, versions
+
+Each takes --help. docs/Selection.md explains the run folder and the exit codes.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from llava.errors import UsageError, run_main
+
+VERBS = ("list", "check", "extract", "select", "verify")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one verb; UserError is left to `run_main`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return
+    verb, *rest = argv
+    if verb not in VERBS:
+        raise UsageError(f"{verb!r} is not a verb; choose one of {', '.join(VERBS)}")
+    globals()[f"run_{verb}"](rest)
+
+
+def run_list(argv: list[str]) -> None:
+    """One paragraph a method."""
+    from .methods import find_methods
+    from .settings import parse_plain
+
+    parse_plain("list", "Show the methods, what they read, their presets.", argv)
+    for name, method in find_methods().items():
+        summary = (method.__doc__ or "").strip().splitlines()[0]
+        signals = ", ".join(method().signals()) or "no signal, no model"
+        presets = f"; presets: {', '.join(method.presets)}" if method.presets else ""
+        print(f"{name:18} {summary}\n{'':18} reads {signals}{presets}")
+
+
+def run_check(argv: list[str]) -> None:
+    """Exit 2 when there is a defect."""
+    from pathlib import Path
+
+    from llava.tokens import load_tokenizer
+
+    from .check import CheckSettings, check_pool, print_defects, write_report
+    from .pool import Pool
+    from .settings import PoolSettings, parse_plain
+
+    about = "Check the records, paths, image headers and, with --tokenizer, labels of a pool."
+    (where, settings), _ = parse_plain("check", about, argv, PoolSettings, CheckSettings)
+    pool = Pool.open(where.pool, where.limit)
+    images = Path(where.images) if where.images else None
+    tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    defects = check_pool(pool, images, settings, tokenizer)
+    if settings.report:
+        write_report(settings.report, defects)
+    print_defects(pool, defects)
+    if defects:
+        sys.exit(2)
+
+
+def run_extract(argv: list[str]) -> None:
+    """Compute what is missing of the forward signals and say where they are."""
+    from .pool import Pool
+    from .ranks import Ranks
+    from .run import extract_signal, print_plan
+    from .settings import PlanSettings, PoolSettings, ProxySettings, parse_plain
+    from .signals.forward import Forward
+
+    about = "Compute the forward signals of a pool; runs of all methods share them through --store."
+    groups = (PoolSettings, ProxySettings, PlanSettings)
+    (where, proxy, planning), _ = parse_plain("extract", about, argv, *groups)
+    pool = Pool.open(where.pool, where.limit)
+    rows = np.arange(len(pool))
+    if planning.dry_run:
+        print_plan(pool, {"forward": Forward()}, where, proxy)
+        return
+    ranks = Ranks()
+    reader = extract_signal(Forward(), rows, pool, where, proxy, ranks)
+    if ranks.rank == 0:
+        print(f"{len(reader)} samples, {len(reader.bad)} unusable: {reader.folder}")
+
+
+def run_select(argv: list[str]) -> None:
+    """Choose a subset, or print the plan for it."""
+    if argv and argv[0] in ("-h", "--help"):
+        from .methods import find_methods
+
+        names = ", ".join(find_methods())
+        print(f"usage: python -m selection select METHOD [flags]\n\nMETHOD: {names}")
+        print("`python -m selection select METHOD --help` shows every flag of a method.")
+        return
+    from .ranks import Ranks
+    from .run import Selection, print_plan
+    from .settings import parse_select
+
+    run = parse_select(argv)
+    selection = Selection(run, Ranks())
+    if run.dry_run:
+        if selection.ranks.rank == 0:
+            print(f"{run.method.name}: {selection.k} of {len(selection.pool)} samples")
+            print_plan(selection.pool, run.method.signals(), run.pool, run.proxy)
+        return
+    selection.execute()
+
+
+def run_verify(argv: list[str]) -> None:
+    """Check a run folder; exit 74 when it is damaged."""
+    from .settings import VerifySettings, parse_plain
+    from .verify import verify_run
+
+    if argv and not argv[0].startswith("-"):
+        argv = ["--run", *argv]
+    (settings,), _ = parse_plain(
+        "verify", "Check a finished run: python -m selection verify DIR", argv, VerifySettings
+    )
+    verify_run(settings.run)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,146 @@
+"""`python -m selection check`: every defect of a pool before a GPU is used (promise P4).
+
+It reads records, images and labels with the very functions that runs use.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llava.conversation import get_template
+from llava.data import Record, expand_image
+from llava.errors import DataError, UsageError, UserError
+from llava.images import check_image, open_image
+from llava.tokens import IGNORE_INDEX, Tokenizer, encode_conversation
+
+from .pool import Pool
+
+MAX_IN_FLIGHT = 4096  # records queued to the threads at a time: bounds memory for any pool size
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckSettings:
+    """What to check."""
+
+    tokenizer: str | None = None
+    """directory with the proxy's tokenizer: to find samples with nothing supervised"""
+    template: str = "v1"
+    """conversation template for that"""
+    model_max_length: int = 2048
+    """context length for that; a sample with nothing supervised before it is a defect"""
+    image_tokens: int = 576
+    """tokens an image takes, for that"""
+    decode: bool = False
+    """decode every image instead of reading its header: finds truncated files, much slower"""
+    report: str | None = None
+    """write the defects to this file, one JSON object a line"""
+    workers: int = 16
+    """threads"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Defect:
+    """One unusable sample."""
+
+    row: int
+    uid: str
+    id: object
+    kind: str
+    """record, image or labels"""
+    reason: str
+
+
+def check_pool(
+    pool: Pool, images: Path | None, settings: CheckSettings, tokenizer: Tokenizer | None
+) -> list[Defect]:
+    """All defects of `pool`, by row. With `images` None a record with an image is a defect."""
+
+    def look(row: int) -> Defect | None:
+        return _check_row(pool, row, images, settings, tokenizer)
+
+    found = []
+    with concurrent.futures.ThreadPoolExecutor(settings.workers) as threads:
+        bar = tqdm(total=len(pool), desc="check", unit=" samples", disable=None)
+        for rows in _chunks(range(len(pool)), MAX_IN_FLIGHT):
+            found += [defect for defect in threads.map(look, rows) if defect]
+            bar.update(len(rows))
+        bar.close()
+    return found
+
+
+def write_report(path: str, defects: list[Defect]) -> None:
+    """The defects as JSON lines."""
+    lines = [json.dumps(dataclasses.asdict(defect), ensure_ascii=False) for defect in defects]
+    try:
+        Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--report {path}: cannot be written ({error.strerror})") from None
+
+
+def print_defects(pool: Pool, defects: list[Defect], most: int = 20) -> None:
+    """A count by kind, and the first defects one a line."""
+    for defect in defects[:most]:
+        print(f"{os.path.basename(pool.path)} row {defect.row} (id {defect.id!r}): {defect.reason}")
+    if len(defects) > most:
+        print(f"... and {len(defects) - most} more; --report FILE lists them all")
+    kinds = collections.Counter(defect.kind for defect in defects)
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
+    print(
+        f"{len(pool)} samples, {int(pool.has_image.sum())} with an image, "
+        f"{pool.duplicate_ids} repeated ids (allowed); defects: {counts}"
+    )
+
+
+def _check_row(
+    pool: Pool,
+    row: int,
+    images: Path | None,
+    settings: CheckSettings,
+    tokenizer: Tokenizer | None,
+) -> Defect | None:
+    if row in pool.bad:
+        return Defect(row, pool.uid(row), pool.id(row), "record", pool.bad[row])
+    record = pool.record(row)
+    try:
+        kind = "image"
+        if record.image is not None:
+            _check_image(images, record.image, settings.decode)
+        kind = "labels"
+        if tokenizer is not None:
+            _check_labels(record, settings, tokenizer)
+    except UserError as error:
+        return Defect(row, pool.uid(row), record.id, kind, str(error))
+    return None
+
+
+def _check_image(images: Path | None, ref: str, decode: bool) -> None:
+    if images is None:
+        raise UsageError("has an image, and no --images folder is given")
+    if decode:
+        open_image(images, ref)
+    else:
+        check_image(images, ref)
+
+
+def _check_labels(record: Record, settings: CheckSettings, tokenizer: Tokenizer) -> None:
+    template = get_template(settings.template)
+    encoded = encode_conversation(record.turns, record.has_image, template, tokenizer)
+    # The image token's id does not matter here: only which positions are left, and supervised.
+    encoded = expand_image(encoded, settings.image_tokens, 0, settings.model_max_length)
+    if not (encoded.labels != IGNORE_INDEX).any():
+        raise DataError(f"no supervised token within {settings.model_max_length} positions")
+
+
+def _chunks(rows: range, size: int) -> Iterator[list[int]]:
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk

@@ -1,0 +1,238 @@
+"""Flags, configuration files and presets of `python -m selection`: one flat set of names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from llava.errors import UsageError
+
+from .methods import Method, get_method
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolSettings:
+    """Where the samples are."""
+
+    pool: str
+    """the pool: a LLaVA JSON list or JSON lines file"""
+    images: str | None = None
+    """folder that the records' `image` paths are relative to; a text-only pool needs none"""
+    limit: int | None = None
+    """use the first LIMIT records only"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProxySettings:
+    """The proxy model, which scores the pool, and how it is run."""
+
+    model: str | None = None
+    """checkpoint: LLaVA (Hugging Face or original; full, LoRA or projector), or another VLM"""
+    model_base: str | None = None
+    """language model under a LoRA or projector-only checkpoint: a directory or a hub name"""
+    dtype: str = "auto"
+    """auto (bfloat16 on a GPU that has it, float32 on a CPU), float32, bfloat16 or float16"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    store: str = "outputs/store"
+    """folder of the signals that runs share; a signal that is there is not computed again"""
+    batch_size: int = 16
+    """largest number of samples in a forward pass; never changes what is chosen"""
+    max_tokens: int = 16384
+    """largest number of tokens, padding included, in a forward pass"""
+    block_size: int = 1024
+    """pool rows that are committed to the store at a time"""
+    num_workers: int = -1
+    """processes that open and prepare images; -1: four a GPU, none on a CPU"""
+    max_bad: float = 0.001
+    """share of samples that may be unusable (one always may) before the run stops with exit 65"""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanSettings:
+    """Planning."""
+
+    dry_run: bool = False
+    """print the plan (samples, batches, disk, time) and stop"""
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifySettings:
+    """Which run to check."""
+
+    run: str
+    """the run folder"""
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectSettings:
+    """What to choose and where to write it."""
+
+    budget: str = "0.3"
+    """size of the subset: a fraction of the pool (0.3 or 30%) or a count (5000)"""
+    rounding: Literal["nearest", "floor"] = "nearest"
+    """how a fraction becomes a count: nearest, or floor: int(p * N), as released codes do"""
+    seed: int = 0
+    """seed of every random choice"""
+    out: str | None = None
+    """run folder; by default outputs/METHOD-POOL-BUDGET"""
+    force_new: bool = False
+    """if the run folder holds another run, write to a new one beside it (NAME-2, NAME-3, ...)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything one `select` was asked for."""
+
+    pool: PoolSettings
+    proxy: ProxySettings
+    select: SelectSettings
+    dry_run: bool
+    method: Method
+    flat: dict
+    """every setting by its flag's name, as written to config.yaml"""
+
+
+def parse_select(argv: list[str]) -> Run:
+    """Read `[METHOD] [--flags]`; the method may stand in the `--config` file instead.
+
+    Raises UsageError for an unknown method or preset; the parser exits with 2 on a wrong flag.
+    """
+    name, argv = _method_name(argv)
+    method_type = get_method(name)
+    parser = _parser(
+        f"python -m selection select {name}",
+        method_type.__doc__,
+        PoolSettings,
+        ProxySettings,
+        SelectSettings,
+    )
+    parser.add_class_arguments(method_type.Settings, as_group=True)
+    presets = method_type.presets
+    parser.add_argument(
+        "--preset",
+        type=str | None,
+        help=f"named settings, overridden by flags: {', '.join(presets) or 'none for this method'}",
+    )
+    parser.add_argument("--method", default=name, help="the method, for configuration files")
+    preset = _value_of("--preset", argv) or _from_config(argv).get("preset")
+    if preset:
+        if preset not in presets:
+            raise UsageError(
+                f"--preset {preset}: {name} has {', '.join(presets) or 'no presets'}"
+                f"{_nearest(preset, presets)}"
+            )
+        parser.set_defaults(presets[preset])
+    groups = (PoolSettings, ProxySettings, SelectSettings, PlanSettings, method_type.Settings)
+    flat = _parse(parser, argv, groups)
+    if flat["method"] != name:
+        raise UsageError(f"the configuration file is for method {flat['method']!r}, not {name!r}")
+    return Run(
+        pool=_pick(PoolSettings, flat),
+        proxy=_pick(ProxySettings, flat),
+        select=_pick(SelectSettings, flat),
+        dry_run=flat["dry_run"],
+        method=method_type(_pick(method_type.Settings, flat)),
+        flat=flat,
+    )
+
+
+def parse_plain(verb: str, about: str, argv: list[str], *groups: type) -> tuple[list, dict]:
+    """Read the flags of a verb without a method: the filled settings, and all values by name."""
+    flat = _parse(_parser(f"python -m selection {verb}", about, *groups), argv, groups)
+    return [_pick(group, flat) for group in groups], flat
+
+
+def dump(flat: dict) -> str:
+    """The flat settings as YAML that `--config` reads back."""
+    keys = {key: value for key, value in flat.items() if key not in ("force_new", "dry_run")}
+    return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
+
+
+def _parser(prog: str, about: str | None, *groups: type) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, description=about, add_help=True)
+    parser.add_argument(
+        "--config", action="config", help="YAML file of settings; flags after it override it"
+    )
+    for group in groups:
+        parser.add_class_arguments(group, as_group=True)
+    return parser
+
+
+def _parse(parser: ArgumentParser, argv: list[str], groups: tuple[type, ...]) -> dict:
+    parsed: Namespace = parser.parse_args(_normalise(argv, groups))
+    flat = parsed.as_dict()
+    flat.pop("config", None)
+    return flat
+
+
+def _normalise(argv: list[str], groups: tuple[type, ...]) -> list[str]:
+    """Let `--dry-run` stand for `--dry_run true`: flags with hyphens, switches without a value."""
+    switches = {
+        field.name
+        for group in groups
+        for field in dataclasses.fields(group)
+        if field.type in (bool, "bool")
+    }
+    out = []
+    for position, argument in enumerate(argv):
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            argument = "--" + flag[2:].replace("-", "_") + equals + value
+            bare = position + 1 == len(argv) or argv[position + 1].startswith("--")
+            if flag[2:].replace("-", "_") in switches and not equals and bare:
+                argument += "=true"
+        out.append(argument)
+    return out
+
+
+def _pick(group: type, flat: dict):
+    return group(**{field.name: flat[field.name] for field in dataclasses.fields(group)})
+
+
+def _method_name(argv: list[str]) -> tuple[str, list[str]]:
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    name = _from_config(argv).get("method")
+    if not name:
+        raise UsageError(
+            "name a method: python -m selection select METHOD [flags]; "
+            "`python -m selection list` shows them"
+        )
+    return name, argv
+
+
+def _from_config(argv: list[str]) -> dict:
+    path = _value_of("--config", argv)
+    if not path:
+        return {}
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"--config {path}: not a YAML mapping of settings")
+    return config
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    """Value of the last `flag value` or `flag=value` in argv."""
+    value = None
+    for position, argument in enumerate(argv):
+        if argument == flag and position + 1 < len(argv):
+            value = argv[position + 1]
+        elif argument.startswith(flag + "="):
+            value = argument[len(flag) + 1 :]
+    return value
+
+
+def _nearest(word: str, known) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
