@@ -85,6 +85,7 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     """How it is trained."""
 
+    output_dir: str | None = _flag(None, "where the model and its checkpoints are written")
     model_max_length: int = _flag(2048, "positions after the image is expanded; the rest is cut")
     mm_projector_lr: float | None = _flag(None, "learning rate of the projector, if another")
     group_by_modality_length: bool = _flag(
@@ -104,6 +105,8 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_nan_inf_filter: bool = _flag(False, "must stay False: NaN stops the run")
 
     def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise UsageError("--output_dir is required")
         if not torch.cuda.is_available():
             self.use_cpu = True
             self.tf32 = None  # a GPU's matrix format, which LLaVA's scripts ask for
@@ -148,7 +151,6 @@ class Arguments:
         for flag, value in (
             ("model_name_or_path", self.model.model_name_or_path),
             ("data_path", self.data.data_path),
-            ("output_dir", self.training.output_dir),
         ):
             if not value:
                 raise UsageError(f"--{flag} is required")
