@@ -1,0 +1,19 @@
+"""One rank of an extraction, for test_extract.py: `extract_worker.py MODEL POOL IMAGES STORE`."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+
+from selection.extract import extract
+from selection.pool import Pool
+from selection.proxy import load_proxy
+from selection.signals.forward import Forward
+
+model, pool_path, images, store = sys.argv[1:]
+torch.set_num_threads(1)
+pool = Pool.open(pool_path)
+rows = np.arange(len(pool))
+extract(Forward(), load_proxy(model), pool, rows, store, images, batch_size=7, block_size=6)
