@@ -18,8 +18,8 @@ FRAMES = {"A": "#d03030", "B": "#2f6fd0", "C": "#2f9e44", "D": "#e08a1e"}  # the
 class Sample:
     """`turns` alternate human and gpt; `image` is a name in the gallery, None for text only.
 
-    `noisy`, `dup` and `biased` (names of the biases it carries, joined by "+") are oracle labels for
-    analysis; a selector must not see them.
+    `noisy`, `dup` and `biased` (names of the biases it carries, joined by "+") are oracle labels
+    for analysis; a selector must not see them.
     """
 
     source: str
@@ -56,6 +56,11 @@ def multiple_choice(question: str, options: Sequence[str], suffix: str = LETTER)
     """Question, one lettered option a line, instruction."""
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     return "\n".join([question, *lines, suffix])
+
+
+def article(name: str) -> str:
+    """The name after "a" or "an"."""
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def placed(gold: str, distractors: Sequence[str], position: int) -> list[str]:

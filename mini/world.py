@@ -149,7 +149,7 @@ def _shape_files(
 
 
 def _animals(sources: Sources) -> dict[str, list[list[Image.Image]]]:
-    """Black silhouettes on white, a list for each of `ANIMALS`; equal pictures share their split."""
+    """Black silhouettes on white, a list for each of `ANIMALS`; equal ones share their split."""
     data, labels = (
         load_arrays(raw)
         for raw in sources.read("animals", *(_ANIMAL_FILES.format(n) for n in ("data", "label")))

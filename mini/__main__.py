@@ -1,0 +1,28 @@
+"""`python -m mini <verb>`: build the small real world and what goes with it."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from llava.errors import UsageError, run_main
+
+VERBS = {  # verb -> (module with a `main(args)`, what it does)
+    "build": ("mini.build", "make the pool and the evaluation sets"),
+}
+
+
+def main() -> None:
+    """Hand the arguments after the verb to its module, imported only then: they load much."""
+    verb, *args = sys.argv[1:] or ["--help"]
+    if verb in ("-h", "--help"):
+        print("usage: python -m mini VERB [--help | options]\n")
+        print("\n".join(f"  {name:<8} {text}" for name, (_, text) in VERBS.items()))
+        return
+    if verb not in VERBS:
+        raise UsageError(f"mini: no verb {verb!r}; there are {', '.join(VERBS)}")
+    import_module(VERBS[verb][0]).main(args)
+
+
+if __name__ == "__main__":
+    run_main(main)
