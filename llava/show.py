@@ -83,11 +83,11 @@ def _print_view(row: int, record: Record, segments: list[Segment], encoded: Enco
     console.print(view, end="\n\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
         prog="python -m llava.data", description=(__doc__ or "").splitlines()[0]
     )
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
+    command = root.add_subparsers(dest="command", required=True).add_parser(
         "show", help="print what the model will see of each record", description=show.__doc__
     )
     command.add_argument("--data", required=True, help="JSON list, or one record a line")
@@ -99,5 +99,9 @@ def main() -> None:
     command.add_argument(
         "--extra-roots", type=Path, nargs="+", default=(), help="folders that links may lead to"
     )
+    return root
+
+
+def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends quietly
-    sys.exit(show(parser.parse_args()))
+    sys.exit(show(parser().parse_args()))

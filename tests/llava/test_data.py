@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -27,6 +27,7 @@ from llava.data import (
 )
 from llava.errors import DataError, UsageError
 from llava.images import BadImage, ImageProcessor
+from llava.show import parser, show
 from llava.tokens import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
@@ -181,6 +182,7 @@ def slow_expand(encoded: Encoded, n: int, image_id: int) -> list[tuple[int, int]
     return out
 
 
+@settings(deadline=None, max_examples=60)  # a busy machine is not a failure
 @given(
     st.lists(st.integers(0, 99), max_size=12), st.integers(0, 12), st.booleans(), st.integers(1, 5)
 )
@@ -205,13 +207,14 @@ def test_expand_image_against_a_loop(ids: list[int], at: int, image: bool, n: in
 
 def test_collator_pads_right_and_truncates_after_expansion(dataset: ConversationDataset) -> None:
     items = [dataset[0], dataset[1]]
-    collate = Collator(9, 500, 4, 60, 14)
-    batch = collate(items)
-    lengths = [min(60, len(items[0]["input_ids"]) + 3), min(60, len(items[1]["input_ids"]))]
+    whole = [len(items[0]["input_ids"]) + 3, len(items[1]["input_ids"])]
+    limit = max(whole) - 2
+    batch = Collator(9, 500, 4, limit, 14)(items)
+    lengths = [min(limit, length) for length in whole]
     assert batch["input_ids"].shape == (2, max(lengths)) and lengths[0] != lengths[1]
     assert batch["attention_mask"].sum(1).tolist() == lengths
     for row, item in enumerate(items):
-        expected = slow_expand(Encoded(item["input_ids"], item["labels"]), 4, 500)[:60]
+        expected = slow_expand(Encoded(item["input_ids"], item["labels"]), 4, 500)[:limit]
         kept = slice(None, lengths[row])
         pairs = zip(
             batch["input_ids"][row][kept].tolist(), batch["labels"][row][kept].tolist(), strict=True
@@ -279,6 +282,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@settings(deadline=None, max_examples=60)  # a busy machine is not a failure
 @given(
     st.lists(st.integers(-30, 30).filter(bool), min_size=1, max_size=60),
     st.integers(1, 4),
@@ -324,7 +328,9 @@ def run_show(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_show_prints_ids_and_positions(dataset: ConversationDataset, tiny_vocabulary: Path) -> None:
+def test_show_prints_ids_and_positions(
+    dataset: ConversationDataset, tiny_vocabulary: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = dataset.image_folder / "pool.json"
     rows = [
         {"id": "é", "image": "red.png", "conversations": [QUESTION, ANSWER]},
@@ -334,38 +340,42 @@ def test_show_prints_ids_and_positions(dataset: ConversationDataset, tiny_vocabu
         {"conversations": [{"from": "human", "value": "\x1b[31mred"}, ANSWER]},
     ]
     path.write_text(json.dumps(rows))
-    settings = ["--data", path, "--template", "v1", "--tokenizer", tiny_vocabulary]
-    done = run_show(*settings, "--images", dataset.image_folder, "--json")
-    assert done.returncode == 65
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    settings = ["show", "--data", str(path), "--tokenizer", str(tiny_vocabulary)]
+    images = ["--images", str(dataset.image_folder)]
+    assert show(parser().parse_args([*settings, *images, "--json"])) == 65
+    sys.stdout.flush()
+    printed = capfd.readouterr()
+    lines = [json.loads(line) for line in printed.out.splitlines()]
     assert [(line["row"], line["id"]) for line in lines] == [(0, "é"), (3, 3), (4, None)]
     item = dataset[0]
     supervised = (item["labels"] != IGNORE_INDEX).nonzero().flatten().tolist()
     assert lines[0]["input_ids"] == item["input_ids"].tolist()
     assert lines[0]["supervised"] == supervised
     assert lines[0]["text"].endswith("USER: <image>\nred? ASSISTANT: no</s>")
-    errors = done.stderr.splitlines()
+    errors = printed.err.splitlines()
     assert [e.split(": ")[2] for e in errors] == ["row 1", "row 2", "row 3"], errors
     assert "no such file" in errors[2]
 
-    view = run_show(*settings)
-    assert view.returncode == 65  # rows 1 and 2; images were not asked for
-    assert "ASSISTANT:⟦ no</s>⟧" in view.stdout and "\\x1b[31mred" in view.stdout
-    assert "\x1b" not in view.stdout  # not a terminal: no colours, and none from the data
-    first = run_show(*settings, "--limit", 1, "--json")
-    assert first.returncode == 0 and len(first.stdout.splitlines()) == 1
+    assert show(parser().parse_args(settings)) == 65  # rows 1 and 2; images were not asked for
+    view = capfd.readouterr().out
+    assert "ASSISTANT:⟦ no</s>⟧" in view and "\\x1b[31mred" in view
+    assert "\x1b" not in view  # not a terminal: no colours, and none from the data
+    assert show(parser().parse_args([*settings, "--limit", "1", "--json"])) == 0
+    sys.stdout.flush()
+    assert len(capfd.readouterr().out.splitlines()) == 1
 
 
 def test_show_refuses_with_the_documented_codes(tiny_vocabulary: Path, tmp_path: Path) -> None:
     path = tmp_path / "pool.json"
     escape = {"image": "../secret.png", "conversations": [QUESTION, ANSWER]}
-    path.write_text(json.dumps([escape, {"conversations": []}]))
-    settings = ["--data", path, "--tokenizer", tiny_vocabulary, "--images", tmp_path]
-    assert run_show(*settings).returncode == 77
+    path.write_text(json.dumps([escape, {**escape, "image": "none.png"}]))
+    settings = ["--data", str(path), "--tokenizer", str(tiny_vocabulary)]
+    assert show(parser().parse_args(["show", *settings, "--images", str(tmp_path)])) == 77
     unknown = run_show(*settings, "--template", "v9")
     assert unknown.returncode == 2 and unknown.stderr.startswith("error: unknown template 'v9'")
-    path.write_text("3")
-    assert run_show(*settings).returncode == 65
+    for wrong in (["--limit", "0"], ["--images", str(tmp_path / "none")]):
+        with pytest.raises(UsageError):
+            show(parser().parse_args(["show", *settings, *wrong]))
 
 
 def test_show_golden_conversations(shared_data: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -16,7 +17,14 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from llava.errors import UsageError
-from llava.images import BadImage, ImageProcessor, open_image, pad_to_square, resolve_image
+from llava.images import (
+    BadImage,
+    ImageProcessor,
+    check_image,
+    open_image,
+    pad_to_square,
+    resolve_image,
+)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -137,6 +145,10 @@ def test_damaged_files(root: Path) -> None:
     (root / "page.jpg").write_bytes(b"<!DOCTYPE html><html></html>")
     (root / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     assert "truncated" in refusal(root, "cut.jpg").reason
+    check_image(root, "cut.jpg")  # the header is whole, and it reads no further
+    for ref in ("empty.jpg", "page.jpg", "../secret.png"):
+        with pytest.raises(BadImage, match=re.escape(refusal(root, ref).reason)):
+            check_image(root, ref)
     assert "file is empty" in refusal(root, "empty.jpg").reason
     assert "<!DOCTYPE html>" in refusal(root, "page.jpg").reason
     assert "not an image" in refusal(root, "script.jpg").reason  # EPS would start Ghostscript
