@@ -13,6 +13,7 @@ The vision tower is never trained.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ _FEATURES = {"patch": "default", "cls_patch": "full"}
 
 
 def load_model(arguments: Arguments) -> Loaded:
-    """The model that training starts from, in float32, with the samples' settings of the flags."""
+    """The model that training starts from, with the samples' settings of the flags.
+
+    In float32, or in the type of the computation when its language model stays frozen.
+    """
     name = arguments.model.model_name_or_path
     folder = find_directory(name)
     kind = inspect(folder)
@@ -55,7 +59,9 @@ def load_model(arguments: Arguments) -> Loaded:
     if kind is Kind.LANGUAGE_MODEL and arguments.model.vision_tower:
         loaded = _assembled(arguments, folder)
     else:
-        loaded = load(folder, dtype=torch.float32)
+        if arguments.model.vision_tower:
+            print(f"--vision_tower is not used: {name} brings its own", file=sys.stderr)
+        loaded = load(folder, dtype=_start_dtype(arguments))
         if arguments.model.pretrain_mm_mlp_adapter:
             _replace_projector(loaded, Path(arguments.model.pretrain_mm_mlp_adapter))
     _check_stage(arguments, loaded)
@@ -76,12 +82,17 @@ def _assembled(arguments: Arguments, folder: Path) -> Loaded:
         folder,
         tower,
         flags.pretrain_mm_mlp_adapter,
-        dtype=torch.float32,
+        dtype=_start_dtype(arguments),
         generator=torch.Generator().manual_seed(arguments.training.seed),
         feature_layer=flags.mm_vision_select_layer,
         feature_strategy=_FEATURES[flags.mm_vision_select_feature],
     )
     return wrap(model, Kind.HF_LLAVA, [folder], [tower], DEFAULTS)
+
+
+def _start_dtype(arguments: Arguments) -> torch.dtype:
+    frozen = arguments.model.tune_mm_mlp_adapter or arguments.training.lora_enable
+    return arguments.training.compute_dtype if frozen else torch.float32
 
 
 def _replace_projector(loaded: Loaded, path: Path) -> None:
@@ -119,9 +130,9 @@ def prepare(arguments: Arguments, loaded: Loaded) -> PreTrainedModel | PeftModel
     if isinstance(model.config, LlavaConfig):
         model.model.vision_tower.requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(True)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(flags.compute_dtype)
+    for parameter in trained.parameters():
+        dtype = torch.float32 if parameter.requires_grad else flags.compute_dtype
+        parameter.data = parameter.data.to(dtype)
     return trained
 
 

@@ -226,7 +226,8 @@ class LlavaTrainer(transformers.Trainer):
         return result
 
     def _save(self, output_dir: str | None = None, state_dict: State | None = None) -> None:
-        self.export(Path(output_dir or self.args.output_dir))
+        if self.args.should_save:
+            self.export(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.restore(Path(resume_from_checkpoint))

@@ -168,12 +168,16 @@ def test_resumed_run_ends_with_the_same_bits(run, parts, squares, stage, monkeyp
     assert load(resumed / last.name, base).model is not None
 
 
-def test_bf16_keeps_trained_weights_in_float32(run):
-    arguments = parse(run.flags("x", bf16=True))
+@pytest.mark.parametrize("stage", ["tune_mm_mlp_adapter", "lora_enable", None])
+def test_bf16_keeps_trained_weights_in_float32(run, stage):
+    arguments = parse(run.flags("x", bf16=True, **({stage: True} if stage else {})))
     loaded = load_model(arguments)
     model = prepare(arguments, loaded)
     dtypes = {(p.requires_grad, p.dtype) for p in model.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_bf16_is_what_is_stored(run):
     out = run("bf16", bf16=True, activation_checkpointing=True, logging_steps=1)
     assert load(out).model.dtype == torch.bfloat16 and math.isfinite(history(out)[-1])
 
