@@ -33,7 +33,7 @@ _DROPPED = {  # subfolders: whole series of look-alikes, or unsuitable
 }
 _DENIED = re.compile(
     r"\b(nud[eio]\w*|naked|sexy?|woman|donna|girl|ragazza|signorina|body|skull|teschio|gallows|gun"
-    r"|pistol\w*|rifle|weapon\w*|bomb\w*|drunk|beer|wine|smok\w*|cigar\w*|hitler|nazi|swastika"
+    r"|pistol\w*|grenade|granata|rifle|weapon\w*|bomb\w*|drunk|beer|wine|smok\w*|cigar\w*|hitler|nazi|swastika"
     r"|dead|kill\w*|blood|condom|marijuana|cannabis|drug\w*|bikini|breast|torture|chav)\b"
 )
 _NO_KEYWORDS = {  # how the library files its drawings, not what they show

@@ -32,7 +32,7 @@ _DENIED_WORDS = re.compile(
     r"|slang|ethnic|racial|negro\w*|nazi\w*|slaves?|slavery|excre\w*|f(a)?eces|urin\w*|suicid\w*"
     r"|murder\w*|tortur\w*|whores?|orgasm\w*|semen|sperm|buttocks?|anus|testi(s|cle)\w*|drug"
     r"|narcotic\w*|homosexual\w*|lesbian|gay|jews?|jewish|muslims?|gypsy|terroris\w*|corpses?"
-    r"|masturbat\w*|bitch|bastard|sodom\w*|damn|hell|devil|incest)\b"
+    r"|holocaust|genocid\w*|masturbat\w*|bitch|bastard|sodom\w*|damn|hell|devil|incest)\b"
 )
 _ROOTS = ("entity", "physical entity", "abstraction", "abstract entity", "object", "whole", "thing")
 

@@ -239,7 +239,8 @@ def _open(world: World) -> list[Open]:
         items.append(Open("", "word", WORD, word.lemma, png(printed(word, rng))))
     part = world.shapes["evaluation"]
     for text, answer, number in rng.sample(part.questions, 400):
-        items.append(Open("", "shape", text, answer, part.pictures[number]))
+        question = text[0].upper() + text[1:]
+        items.append(Open("", "shape", question, answer, part.pictures[number]))
     return [_named(item, f"open_{i:04d}") for i, item in enumerate(items)]
 
 

@@ -27,12 +27,13 @@ from mini.evalsets import EvalSets, make_evalsets
 from mini.fetch import fetch
 from mini.packages import PACKAGES
 from mini.recipes import drawings, emoji, facts, figures
+from mini.render import RASTERISER
 from mini.samples import Gallery, Sample
 from mini.settings import PoolSettings
 from mini.world import World, load_world
 from selection.files import atomic_write, make_folder, remove, storage_errors, sweep
 
-VERSION = 1  # of what the recipes make; raise it when their output changes
+VERSION = 2  # of what the recipes make; raise it when their output changes
 MARKER = "build.json"
 
 
@@ -76,6 +77,7 @@ def build(out: str | Path, cache: str | Path, seed: int, settings: PoolSettings)
     """
     out = Path(out)
     identity = {"version": VERSION, "seed": seed, "settings": _plain(settings)}
+    identity["rasteriser"] = RASTERISER
     identity["packages"] = {package.key: package.sha256[:16] for package in PACKAGES}
     if marker := built(out, identity):
         return marker

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from importlib.metadata import version
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,45 +21,65 @@ from llava.errors import StorageError
 from selection.files import make_folder
 
 SIZE = 96
+RASTERISER = f"{SIZE} px, resvg_py {version('resvg_py')}, Pillow {Image.__version__}"
 _BATCH = 32  # drawings handed to a process, and committed to the cache, at a time
+_TRIM_FROM, _MAX_ZOOM = 1.4, 6.0  # page sides in units of the drawing's
 _WHITE = (255, 255, 255)
 
 
 def rasterise(
-    drawings: dict[str, bytes], cache: str | Path, processes: int = 2
+    drawings: dict[str, bytes], cache: str | Path, trim: bool = False, processes: int = 2
 ) -> dict[str, bytes | None]:
     """PNG of every drawing (SVG, PNG or WebP bytes), fitted on a white square; None if it is blank.
+
+    `trim` cuts the empty page around a small SVG drawing.
 
     Finished pictures are committed to `cache/pictures.sqlite` every 32, so an interrupted call
     resumes; the key covers the drawing, the size and the rasterisers' versions.
     """
-    keys = {name: _key(raw) for name, raw in drawings.items()}
+    keys = {name: _key(raw, trim) for name, raw in drawings.items()}
     with _database(Path(cache) / "pictures.sqlite") as database:
         known = set(row[0] for row in database.execute("select key from picture"))
         todo = {key: drawings[name] for name, key in keys.items() if key not in known}
-        for done in _in_processes(list(todo.items()), processes):
+        for done in _in_processes(list(todo.items()), trim, processes):
             with database:
                 database.executemany("insert or replace into picture values (?, ?)", done)
         select = "select png from picture where key = ?"
         return {name: database.execute(select, (key,)).fetchone()[0] for name, key in keys.items()}
 
 
-def picture(raw: bytes) -> bytes | None:
+def picture(raw: bytes, trim: bool = False) -> bytes | None:
     """One drawing as PNG; None when it cannot be drawn or comes out in a single colour."""
-    import resvg_py  # 0.1 s, needed in the worker processes only
-
-    if raw[:4] not in (b"\x89PNG", b"RIFF"):
+    if raw[:4] in (b"\x89PNG", b"RIFF"):
+        image = Image.open(io.BytesIO(raw))
+    else:
         try:
-            raw = resvg_py.svg_to_bytes(
-                svg_string=raw.decode("utf-8", errors="replace"),
-                width=SIZE,
-                dpi=96,  # the default of 0 fails on units such as pt and mm
-                skip_system_fonts=True,  # the same picture on every machine
-            )
+            image = _draw(raw.decode("utf-8", errors="replace"), trim)
         except ValueError:
             return None  # a handful of drawings are broken
-    image = fit(Image.open(io.BytesIO(bytes(raw))))
+    image = fit(image)
     return None if all(low == high for low, high in image.getextrema()) else png(image)
+
+
+def _draw(svg: str, trim: bool) -> Image.Image:
+    """Rasterise an SVG; trimmed, it is drawn again so that what is on the page fills the width."""
+    import resvg_py  # 0.1 s, needed in the worker processes only
+
+    def draw(width: int) -> Image.Image:
+        # dpi: the default of 0 fails on units such as pt and mm; no system fonts: the same picture
+        # on every machine
+        data = resvg_py.svg_to_bytes(svg_string=svg, width=width, dpi=96, skip_system_fonts=True)
+        return Image.open(io.BytesIO(bytes(data)))
+
+    image = draw(SIZE)
+    box = image.getchannel("A").getbbox()
+    if not trim or box is None:
+        return image
+    zoom = max(image.size) / max(box[2] - box[0], box[3] - box[1])
+    if zoom < _TRIM_FROM:
+        return image
+    image = draw(round(SIZE * min(zoom, _MAX_ZOOM)))
+    return image.crop(image.getchannel("A").getbbox())
 
 
 def fit(image: Image.Image, size: int = SIZE, background: tuple = _WHITE) -> Image.Image:
@@ -120,15 +141,12 @@ def pixel_hash(raw: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(repr(image.size).encode() + image.tobytes())
 
 
-_RASTERISER = f"{SIZE} {version('resvg_py')} {Image.__version__}".encode()
-
-
-def _key(raw: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(_RASTERISER + b"\0" + raw)
+def _key(raw: bytes, trim: bool) -> str:
+    return xxhash.xxh3_128_hexdigest(RASTERISER.encode() + b"\0\1"[trim : trim + 1] + raw)
 
 
 def _in_processes(
-    todo: list[tuple[str, bytes]], processes: int
+    todo: list[tuple[str, bytes]], trim: bool, processes: int
 ) -> Iterator[list[tuple[str, bytes | None]]]:
     """Rasterise batches in worker processes that import nothing heavy."""
     if not todo:
@@ -136,11 +154,11 @@ def _in_processes(
     bar = tqdm(total=len(todo), desc="rasterise", unit="image", disable=not sys.stderr.isatty())
     batches = [todo[start : start + _BATCH] for start in range(0, len(todo), _BATCH)]
     if processes < 2 or len(batches) == 1:
-        results: Iterable = map(_batch, batches)
+        results: Iterable = map(_batch, batches, repeat(trim))
         yield from _counted(results, bar)
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from _counted(pool.map(_batch, batches), bar)
+        yield from _counted(pool.map(_batch, batches, repeat(trim)), bar)
 
 
 def _counted(results: Iterable, bar: tqdm) -> Iterator[list[tuple[str, bytes | None]]]:
@@ -150,8 +168,8 @@ def _counted(results: Iterable, bar: tqdm) -> Iterator[list[tuple[str, bytes | N
             yield result
 
 
-def _batch(jobs: list[tuple[str, bytes]]) -> list[tuple[str, bytes | None]]:
-    return [(key, picture(raw)) for key, raw in jobs]
+def _batch(jobs: list[tuple[str, bytes]], trim: bool) -> list[tuple[str, bytes | None]]:
+    return [(key, picture(raw, trim)) for key, raw in jobs]
 
 
 @contextmanager

@@ -57,20 +57,18 @@ def load_world(sources: Sources, cache: str | Path | None = None) -> World:
     world = World(load_concepts(sources))
     clipart = load_clipart(sources) if sources.has("clipart") else []
     shapes = {split: _shape_files(sources, split) for split in N_SHAPES}
-    drawings = {f"clipart/{art.path}": art.svg for art in clipart}
-    drawings |= _emoji_drawings(sources, world.concepts) | _flag_drawings(sources, world.concepts)
+    drawings = _emoji_drawings(sources, world.concepts) | _flag_drawings(sources, world.concepts)
     for split, (_, files) in shapes.items():
         drawings |= {f"shapes/{split}/{number}": raw for number, raw in files.items()}
-    pictures = {
-        name: picture
-        for name, picture in rasterise(drawings, cache or sources.cache).items()
-        if picture is not None
-    }
+    cache = cache or sources.cache
+    drawn = rasterise(drawings, cache)
+    drawn |= rasterise({f"clipart/{art.path}": art.svg for art in clipart}, cache, trim=True)
+    pictures = {name: picture for name, picture in drawn.items() if picture is not None}
     _place_emoji(world, pictures)
     world.clipart = _divide_clipart(clipart, pictures)
     for split, (questions, files) in shapes.items():
-        drawn = {number: pictures[f"shapes/{split}/{number}"] for number in files}
-        world.shapes[split] = Shapes(questions, drawn)
+        shown = {number: pictures[f"shapes/{split}/{number}"] for number in files}
+        world.shapes[split] = Shapes(questions, shown)
     world.animals = _animals(sources)
     world.digits = _digits()
     return world
