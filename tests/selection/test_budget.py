@@ -98,6 +98,12 @@ def test_cut_is_described():
     assert top_k(np.array([1.0]), 1).margin == math.inf
 
 
+def test_many_ties_go_by_pool_position():
+    scores = np.tile([0.0, 1.0], 5000)  # long enough for an unstable sort to show
+    assert np.array_equal(top_k(scores, 7000).rows[:4000], np.arange(4000))
+    assert np.array_equal(top_k(scores, 3000).rows, np.arange(1, 6000, 2))
+
+
 def test_smaller_budget_is_part_of_a_larger_one():
     scores = np.random.default_rng(0).integers(0, 5, 50).astype(float)
     subsets = [set(top_k(scores, k).rows) for k in range(51)]

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 
 from llava.errors import StorageError
+from selection import files
 from selection import store as store_module
-from selection.blocks import block_path, encode_index, read_index
+from selection.blocks import Block, block_path, encode_index, read_index
 from selection.store import (
     Column,
     StoreReader,
@@ -239,6 +241,33 @@ def test_older_manifest_does_not_vouch_for_newer_blocks(tmp_path, whole):
     (folder / "manifest.json").write_bytes(bytes_["manifest.json"])
     with pytest.raises(StorageError, match="block-000002"):
         StoreReader.open(folder).column("loss")
+
+
+def test_blocks_of_another_layout_are_not_taken(tmp_path, whole):
+    """With the manifest lost and another block size, a block's bytes agree but not its rows."""
+    flip_bit(whole[0] / "manifest.json", 0)
+    writer = begin(tmp_path, block_size=3)
+    assert writer.missing_blocks() == list(range(8))
+    fill(writer).finish()
+    assert np.array_equal(StoreReader.open(whole[0]).column("n"), ROWS * 3)
+
+
+def test_listing_cannot_vouch_for_a_foreign_block(tmp_path, whole):
+    """Blocks and journal lines copied from elsewhere agree with each other, not with the store."""
+    other = fill(begin(tmp_path / "b", identity={"pool": "q"}))
+    mine = begin(tmp_path / "c")
+    for path in other.folder.iterdir():
+        if path.name != "layout.json":
+            shutil.copy(path, mine.folder)
+    assert mine.missing_blocks() == list(range(6))
+    ours = read_index(whole[0] / "manifest.json")["blocks"][1]
+    for i in range(2):  # block 1 under the name of block 0 and under its own
+        shutil.copy(block_path(whole[0], 1), block_path(mine.folder, i))
+        line = msgspec.json.encode(msgspec.structs.replace(ours, block=i))
+        files.append_line(mine.folder / "journal-9-9.jsonl", line)
+    assert mine.missing_blocks() == [0, 2, 3, 4, 5]
+    with pytest.raises(StorageError, match="is block 1 of store"):
+        Block(mine.folder, msgspec.structs.replace(ours, block=0)).check(mine.fingerprint)
 
 
 def test_two_writers_of_one_block_leave_a_sound_store(tmp_path):
