@@ -17,7 +17,7 @@ from llava.errors import UsageError
 
 from . import export, files
 from .budget import budget_size
-from .extract import extract
+from .extract import check_images, extract
 from .methods.base import Context, Request
 from .plan import plan
 from .pool import Pool
@@ -52,6 +52,9 @@ class Selection:
     def execute(self) -> Path:
         """Run to the end, or say that this very run is finished. Returns the run folder."""
         signals = self.run.method.signals()
+        rows = np.arange(len(self.pool))
+        if signals:
+            check_images(self.pool, rows, self.run.pool.images)
         identity = self._identity(self.proxy.identity() if signals else None)
         out, finished = self.ranks.from_first(lambda: claim_folder(self._wanted_folder(), identity))
         if finished:
@@ -59,7 +62,6 @@ class Selection:
                 print(f"{out} already holds this run")
                 print_summary(out)
             return out
-        rows = np.arange(len(self.pool))
         self._read({name: Request(signal, rows) for name, signal in signals.items()})
         if self.ranks.is_first:
             self._decide(out)

@@ -107,30 +107,10 @@ def parse_select(argv: list[str]) -> Run:
     """
     name, argv = _method_name(argv)
     method_type = get_method(name)
-    parser = _parser(
-        f"python -m selection select {name}",
-        method_type.__doc__,
-        PoolSettings,
-        ProxySettings,
-        SelectSettings,
-    )
-    parser.add_class_arguments(method_type.Settings, as_group=True)
-    presets = method_type.presets
-    parser.add_argument(
-        "--preset",
-        type=str | None,
-        help=f"named settings, overridden by flags: {', '.join(presets) or 'none for this method'}",
-    )
-    parser.add_argument("--method", default=name, help="the method, for configuration files")
-    preset = _value_of("--preset", argv) or _from_config(argv).get("preset")
-    if preset:
-        if preset not in presets:
-            raise UsageError(
-                f"--preset {preset}: {name} has {', '.join(presets) or 'no presets'}"
-                f"{_nearest(preset, presets)}"
-            )
-        parser.set_defaults(presets[preset])
     groups = (PoolSettings, ProxySettings, SelectSettings, PlanSettings, method_type.Settings)
+    parser = _parser(f"python -m selection select {name}", method_type.__doc__, *groups)
+    _add_presets(parser, method_type, argv)
+    parser.add_argument("--method", default=name, help="the method, for configuration files")
     flat = _parse(parser, argv, groups)
     if flat["method"] != name:
         raise UsageError(f"the configuration file is for method {flat['method']!r}, not {name!r}")
@@ -142,6 +122,20 @@ def parse_select(argv: list[str]) -> Run:
         method=method_type(_pick(method_type.Settings, flat)),
         flat=flat,
     )
+
+
+def _add_presets(parser: ArgumentParser, method_type: type[Method], argv: list[str]) -> None:
+    """Add `--preset`, and make the values of the preset that argv or its file names the defaults."""
+    presets = method_type.presets
+    known = ", ".join(presets) or "none for this method"
+    parser.add_argument(
+        "--preset", type=str | None, help=f"named settings, overridden by flags: {known}"
+    )
+    preset = _value_of("--preset", argv) or _from_config(argv).get("preset")
+    if preset:
+        if preset not in presets:
+            raise UsageError(f"--preset {preset}: there is {known}{_nearest(preset, presets)}")
+        parser.set_defaults(presets[preset])
 
 
 def parse_plain(verb: str, about: str, argv: list[str], *groups: type) -> tuple[list, dict]:
