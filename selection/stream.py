@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def chunks(
     buffer = torch.empty(min(size, n), _width(reader, names))
     parts = _parts(buffer, reader, names)
     filled = start = 0
-    for _, arrays in reader.blocks(list(names)):
+    for _, arrays in _ahead(reader.blocks(list(names))):
         block = [_tensor(arrays[name]) for name in names]
         taken, length = 0, len(block[0])
         while taken < length:
@@ -81,6 +82,16 @@ def cosines(vectors: torch.Tensor, columns: torch.Tensor) -> np.ndarray:
     lengths[~lengths.isfinite()] = torch.nan
     products = (vectors @ columns).double()
     return (products / (lengths if products.ndim == 1 else lengths[:, None])).numpy()
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, each made while the caller works on the one before: a block of a store is
+    read and checked on one core beside the products on the other."""
+    with ThreadPoolExecutor(1) as executor:
+        coming = executor.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = executor.submit(next, items, None)
+            yield item
 
 
 def _width(reader: StoreReader, names: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from selection.signals.forward import Forward
 from selection.signals.perturbed import KIND_CHOICE, Perturbed
 
 from .base import Context, Method, Plan, Request, Scored
+
+if TYPE_CHECKING:
+    from selection.store import StoreReader
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,30 @@ def direction(members: Sequence[torch.Tensor], weights: np.ndarray) -> torch.Ten
     return (torch.from_numpy(weights) @ means).float()
 
 
+def score_store(
+    reader: StoreReader,
+    columns: Sequence[str],
+    members: Sequence[torch.Tensor],
+    weights: np.ndarray,
+    settings: Settings,
+) -> np.ndarray:
+    """I(x_i) of every store row, (n,) float64, reading the store once.
+
+    `columns` make up r_i; `members` are the unit vectors (B_m, D) float32 of each subgroup.
+    """
+    linear = settings.similarity == "mean" and settings.aggregate == "weighted_sum"
+    matrix = direction(members, weights) if linear else torch.cat(list(members)).T.contiguous()
+    starts = np.cumsum([0, *(len(vectors) for vectors in members[:-1])])
+    scores = np.empty(len(reader))
+    for part, vectors in stream.chunks(reader, columns, settings.normalize_parts):
+        cosines = stream.cosines(vectors, matrix)
+        if not linear:
+            d = similarity(cosines, starts, settings.similarity)
+            cosines = information(d, weights, settings.aggregate)
+        scores[part] = cosines
+    return scores
+
+
 @dataclass(frozen=True)
 class Cluster:
     """C_m: its name, how many samples it has, rows (n,) drawn from it in that order, and B."""
@@ -225,7 +252,9 @@ class Ards(Method):
             for found in subgroups
         ]
         weights = subgroup_weights(np.array(means))
-        scores = self._scores(context, members, weights)
+        scores = np.full(len(context.pool), np.nan)
+        reader = context.readers["forward"]
+        scores[reader.rows] = score_store(reader, self._columns, members, weights, self.settings)
         scores[~np.isfinite(losses)] = np.nan
         if self.settings.exclude_subgroups:
             scores[np.concatenate([found.rows for found in subgroups])] = np.nan
@@ -342,23 +371,6 @@ class Ards(Method):
                 )
                 parts.append(stream.unit(vectors).split([len(mine) for mine in rows]))
         return [torch.cat(own) for own in zip(*parts, strict=True)]
-
-    def _scores(
-        self, context: Context, members: list[torch.Tensor], weights: np.ndarray
-    ) -> np.ndarray:
-        """I(x_i) of every row of the forward signals, (N,) float64, NaN elsewhere; one pass."""
-        settings, reader = self.settings, context.readers["forward"]
-        rows, scores = reader.rows, np.full(len(context.pool), np.nan)
-        linear = settings.similarity == "mean" and settings.aggregate == "weighted_sum"
-        columns = direction(members, weights) if linear else torch.cat(members).T.contiguous()
-        starts = np.cumsum([0, *(len(vectors) for vectors in members[:-1])])
-        for part, vectors in stream.chunks(reader, self._columns, settings.normalize_parts):
-            cosines = stream.cosines(vectors, columns)
-            if not linear:
-                d = similarity(cosines, starts, settings.similarity)
-                cosines = information(d, weights, settings.aggregate)
-            scores[rows[part]] = cosines
-        return scores
 
 
 def _describe(

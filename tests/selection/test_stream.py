@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from llava.errors import StorageError
 from selection import stream
 from selection.store import Column, StoreReader, StoreWriter
 
@@ -66,3 +67,22 @@ def test_stored_files_are_never_written_to(tmp_path, arrays):
     for _, vectors in stream.chunks(reader, ["right"], normalize_parts=True):
         vectors.zero_()
     np.testing.assert_array_equal(StoreReader.open(reader.folder).column("right"), arrays["right"])
+
+
+def test_a_damaged_block_stops_the_stream(tmp_path, arrays):
+    reader = make_store(tmp_path, arrays, 8)
+    path = sorted(reader.folder.glob("block-*"))[1]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    seen = []
+    with pytest.raises(StorageError, match="block-000001"):
+        for part, _ in stream.chunks(reader, list(arrays), size=8):
+            seen.append(part)
+    assert seen == [slice(0, 8)]
+
+
+def test_a_stream_may_be_left_early(tmp_path, arrays):
+    reader = make_store(tmp_path, arrays, 2)
+    first = next(stream.chunks(reader, ["left"], size=3))
+    assert first[0] == slice(0, 3)
