@@ -15,9 +15,15 @@ source scripts/setup.sh
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
 
 # The default pool is built, and its proxy warmed up, unless the caller names a pool or only asks for help.
-small_world=1
+small_world=1 report=1 out='' previous=''
 for argument in "$@"; do
-  case "$argument" in --pool | --pool=* | --config | --config=* | --help | -h | --print_config*) small_world= ;; esac
+  case "$argument" in
+    --pool | --pool=* | --config | --config=* | --help | -h | --print_config*) small_world= report= ;;
+    --dry[-_]run*) report= ;;
+    --out=*) out=${argument#--out=} ;;
+  esac
+  if [ "$previous" = --out ]; then out=$argument; fi
+  previous=$argument
 done
 defaults=()
 if [ -n "$small_world" ]; then
@@ -37,3 +43,4 @@ else
   run=("$PYTHON" -m selection)
 fi
 "${run[@]}" select "$method" "${defaults[@]}" "$@"
+if [ -n "$report" ]; then "$PYTHON" -m mini report ${out:+--run "$out"}; fi

@@ -131,12 +131,13 @@ class Selection:
         }
 
     def _wanted_folder(self) -> tuple[Path, bool]:
-        settings = self.run.select
+        """The run folder, and whether one beside it will do: always when the user named none."""
+        settings, pool = self.run.select, Path(self.run.pool.pool)
         if settings.out:
             return Path(settings.out), settings.force_new
+        label = pool.resolve().parent.name if pool.stem == "pool" else pool.stem
         budget = settings.budget.replace("%", "pct")
-        name = f"{self.run.method.name}-{Path(self.run.pool.pool).stem}-{budget}"
-        return Path("outputs") / name, settings.force_new
+        return Path("outputs") / f"{self.run.method.name}-{label}-{budget}", True
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

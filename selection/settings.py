@@ -82,7 +82,7 @@ class SelectSettings:
     seed: int = 0
     """seed of every random choice"""
     out: str | None = None
-    """run folder; by default outputs/METHOD-POOL-BUDGET"""
+    """run folder; by default a new outputs/METHOD-POOL-BUDGET"""
     force_new: bool = False
     """if the run folder holds another run, write to a new one beside it (NAME-2, NAME-3, ...)"""
 
@@ -125,7 +125,7 @@ def parse_select(argv: list[str]) -> Run:
 
 
 def _add_presets(parser: ArgumentParser, method_type: type[Method], argv: list[str]) -> None:
-    """Add `--preset`, and make the values of the preset that argv or its file names the defaults."""
+    """Add `--preset`, and make the values of the one that argv or its file names defaults."""
     presets = method_type.presets
     known = ", ".join(presets) or "none for this method"
     parser.add_argument(

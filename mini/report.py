@@ -1,0 +1,134 @@
+"""`python -m mini report`: did the selection see the built-in biases? By the pool's oracle labels.
+
+The labels (`meta.noisy`, `meta.dup`, `meta.biased`) are never shown to a selector. Beside the
+subset stands a random one of the same size, drawn by the project's own `random`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from jsonargparse import ArgumentParser, set_parsing_settings
+from rich.console import Console
+from rich.table import Table
+
+from llava.errors import UsageError
+from selection.methods.base import Context, stream
+from selection.methods.random import Random
+from selection.pool import Pool
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportSettings:
+    """What to report on."""
+
+    run: str | None = None
+    """the run folder; by default the newest one in outputs/"""
+    seed: int = 0
+    """seed of the random subset"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How many samples of pool, subset and random subset carry a label."""
+
+    label: str
+    pool: int
+    subset: int
+    random: int
+
+
+class _Labels(msgspec.Struct):
+    noisy: int = 0
+    dup: int = 0
+    biased: str = ""
+
+
+class _Labelled(msgspec.Struct):
+    meta: _Labels = msgspec.field(default_factory=_Labels)
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse and print."""
+    parser = ArgumentParser(prog="python -m mini report", description=__doc__.splitlines()[0])
+    parser.add_class_arguments(ReportSettings, as_group=True)
+    settings = ReportSettings(**parser.parse_args(list(args)).as_dict())
+    run = Path(settings.run) if settings.run else newest_run(Path("outputs"))
+    manifest = _manifest(run)
+    pool = Pool.open(manifest["pool"]["path"], limit=manifest["pool"]["n"])
+    rows = np.loadtxt(run / "subset_rows.txt", dtype=np.int64, ndmin=1)
+    drawn = random_rows(pool, len(rows), settings.seed)
+    print_report(run, oracle_shares(pool, rows, drawn), len(pool), rows, drawn)
+
+
+def newest_run(outputs: Path) -> Path:
+    """The run folder whose manifest was written last."""
+    manifests = sorted(outputs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    if not manifests:
+        raise UsageError(f"{outputs}: holds no finished run; `bash selection.sh` makes one")
+    return manifests[-1].parent
+
+
+def random_rows(pool: Pool, k: int, seed: int) -> np.ndarray:
+    """The `k` rows that method `random` chooses with this seed, (k,) ascending."""
+    context, method = Context(pool), Random()
+    scored = method.score(context, stream(seed, Random.name, "score"))
+    return method.select(context, scored.scores, k)
+
+
+def oracle_shares(pool: Pool, rows: np.ndarray, drawn: np.ndarray) -> list[Share]:
+    """One `Share` per label; `rows` and `drawn` (k,) are pool rows of the two subsets."""
+    carried: dict[str, np.ndarray] = {}
+
+    def mark(label: str, row: int) -> None:
+        carried.setdefault(label, np.zeros(len(pool), bool))[row] = True
+
+    for row in range(len(pool)):
+        labels = msgspec.json.decode(pool.raw(row), type=_Labelled).meta
+        for bias in filter(None, labels.biased.split("+")):
+            mark("any bias", row)
+            mark(f"  {bias}", row)
+        if labels.noisy:
+            mark("noisy", row)
+        if labels.dup:
+            mark("duplicate", row)
+    order = sorted(carried, key=lambda label: (label != "any bias", not label[0].isspace(), label))
+    return [
+        Share(name, *(int(carried[name][part].sum()) for part in (slice(None), rows, drawn)))
+        for name in order
+    ]
+
+
+def print_report(
+    run: Path, shares: list[Share], n: int, rows: np.ndarray, drawn: np.ndarray
+) -> None:
+    """The shares as a table, and the overlap of the two subsets."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("oracle label", "pool", "share", "subset", "share", "random", "share"):
+        table.add_column(title, justify="left" if title == "oracle label" else "right")
+    for share in shares:
+        cells = [(share.pool, n), (share.subset, len(rows)), (share.random, len(drawn))]
+        shown = [text for count, of in cells for text in (f"{count}", f"{count / of:.1%}")]
+        table.add_row(share.label, *shown)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    common = len(np.intersect1d(rows, drawn))
+    console.print(
+        f"overlap with random: {common} of {len(rows)} ({common / len(rows):.1%}; two independent "
+        f"draws share {len(rows) / n:.1%})",
+        markup=False,
+    )
+
+
+def _manifest(run: Path) -> dict:
+    try:
+        return json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{run}: is not a finished run folder ({error})") from None
