@@ -49,6 +49,14 @@ from .weights import (
 __all__ = ["Kind", "Loaded", "fingerprint", "inspect", "load", "save"]
 
 _PREPROCESSOR = "preprocessor_config.json"
+# Of other vision-language models: how they spell a conversation, split text and count tiles.
+_OF_PROCESSORS = (
+    "processor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+)
 _SHARD_SIZE = "5GB"
 
 
@@ -290,6 +298,7 @@ def _deciding_files(folder: Path) -> list[Path]:
         _PREPROCESSOR,
         "config.json",
         *TOKENIZER_FILES,
+        *_OF_PROCESSORS,
     )
     files = {folder / name for name in extras if (folder / name).is_file()}
     return sorted(files.union(weight_files(folder)))

@@ -90,13 +90,11 @@ class Source:
 
 
 def inspect(path: str | Path) -> Kind:
-    """The kind of the model directory `path`, by the files in it.
+    """The kind of the model `path`, a directory or a hub name, by the files in it.
 
     Raises UsageError when nothing in it can be loaded, RefusedError when only its own code could.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UsageError(f"{path}: no such model directory")
+    folder = find_directory(path)
     if (folder / lora.ADAPTER_CONFIG).is_file():
         return Kind.LLAVA_LORA
     has_config, has_weights = (folder / "config.json").is_file(), bool(weight_files(folder))

@@ -227,6 +227,14 @@ def test_fingerprint_is_of_contents(saved, tmp_path):
         before = changed
 
 
+def test_fingerprint_covers_how_others_spell_a_conversation(saved):
+    seen = {fingerprint(saved)}
+    for name in ("chat_template.jinja", "processor_config.json", "vocab.json", "merges.txt"):
+        (saved / name).write_text("{}")
+        seen.add(fingerprint(saved))
+    assert len(seen) == 5
+
+
 def test_fingerprint_covers_tower_and_base(layouts, original, parts, tmp_path):
     folder = tmp_path / "projector"
     layouts.write_original_config(parts, folder, tower="../clip")
