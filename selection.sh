@@ -12,13 +12,16 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source scripts/setup.sh
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false
+export TOKENIZERS_PARALLELISM=false
 
 # The default pool is built, and its proxy warmed up, unless the caller names a pool or only asks for help.
+method=(ards)
+case "${1:-}" in "" | -*) ;; *) method=("$1"); shift ;; esac
 small_world=1 report=1 out='' previous=''
 for argument in "$@"; do
   case "$argument" in
-    --pool | --pool=* | --config | --config=* | --help | -h | --print_config*) small_world= report= ;;
+    --pool | --pool=* | --config | --config=* | --help | -h | --print_config*) small_world= report= ;;&
+    --config | --config=*) if [ "${method[0]}" = ards ]; then method=(); fi ;; # the file names it
     --dry[-_]run*) report= ;;
     --out=*) out=${argument#--out=} ;;
   esac
@@ -33,8 +36,6 @@ if [ -n "$small_world" ]; then
   defaults=(--pool "$world/pool.json" --images "$world/images" --model "$world/checkpoints/warmup" --budget 0.3)
 fi
 
-method=ards
-case "${1:-}" in "" | -*) ;; *) method=$1; shift ;; esac
 nproc=${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
 if [ "$nproc" -gt 1 ] || [ -n "${TORCHRUN_ARGS:-}" ]; then
   # shellcheck disable=SC2206  # TORCHRUN_ARGS is a list of flags
@@ -42,5 +43,5 @@ if [ "$nproc" -gt 1 ] || [ -n "${TORCHRUN_ARGS:-}" ]; then
 else
   run=("$PYTHON" -m selection)
 fi
-"${run[@]}" select "$method" "${defaults[@]}" "$@"
+"${run[@]}" select "${method[@]}" "${defaults[@]}" "$@"
 if [ -n "$report" ]; then "$PYTHON" -m mini report ${out:+--run "$out"}; fi

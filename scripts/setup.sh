@@ -48,7 +48,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$(stamp_of)" ]; then
     grep -v '^torch==' "$root/constraints.txt" >"$constraints"
   fi
   # shellcheck disable=SC2086  # TORCH may carry pip options
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check ${TORCH:-$(grep '^torch==' "$root/constraints.txt")} >&2
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e "$root[dev]" >&2
+  "$PYTHON" -m pip install -qq --disable-pip-version-check ${TORCH:-$(grep '^torch==' "$root/constraints.txt")} >&2
+  "$PYTHON" -m pip install -qq --disable-pip-version-check -c "$constraints" -e "$root[dev]" >&2
   stamp_of >"$stamp" 2>/dev/null || true
 fi
