@@ -175,7 +175,7 @@ def _image_processor(
 
 
 def save(loaded: Loaded, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write `loaded` as a llava-hf directory that this module and transformers 4.37 to 5 load.
+    """Write `loaded` as a llava-hf directory that this module and transformers 4.57 and 5 load.
 
     Weights go under the classic llava-hf names, as `dtype` unless that is None; `config.json`
     comes last, so that a directory that was not finished is not taken for a model. Raises

@@ -74,7 +74,7 @@ def canonical(state: State) -> State:
 
 
 def classic_name(name: str) -> str:
-    """The name in a llava-hf file, which transformers 4.37 to 5 all load, of a canonical name."""
+    """The name in a llava-hf file, which transformers 4 and 5 load, of a canonical name."""
     for new, old in _CLASSIC:
         if name.startswith(new):
             return old + name.removeprefix(new)
