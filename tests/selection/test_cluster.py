@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from selection import stream
+from selection import cluster, stream
 from selection.cluster import assign, cluster_groups, spherical_kmeans
 from selection.store import Column, StoreReader, StoreWriter
 
 
 def unit_rows(x):
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,14 @@ def test_no_cluster_is_empty_even_when_faiss_leaves_some():
     assert len(centroids) == 3
     best = (distinct @ centroids.T).max(axis=1)
     np.testing.assert_allclose(best, 1, atol=1e-6)
+
+
+def test_an_empty_cluster_moves_to_the_vector_that_is_served_worst():
+    a, b, c = np.eye(3, dtype=np.float32)
+    near_b = unit_rows(b + 0.1 * a)
+    sample = np.stack([a, a, near_b, c, b])
+    repaired = cluster._fill_empty(sample, np.stack([a, b, b]))
+    np.testing.assert_array_equal(repaired, np.stack([a, b, c]))
 
 
 def test_fewer_vectors_than_clusters():
