@@ -22,6 +22,7 @@ from llava.errors import DataError, UsageError, UserError
 from llava.images import check_image, open_image
 from llava.tokens import IGNORE_INDEX, Tokenizer, encode_conversation
 
+from . import files
 from .pool import Pool
 
 MAX_IN_FLIGHT = 4096  # records queued to the threads at a time: bounds memory for any pool size
@@ -80,10 +81,7 @@ def check_pool(
 def write_report(path: str, defects: list[Defect]) -> None:
     """The defects as JSON lines."""
     lines = [json.dumps(dataclasses.asdict(defect), ensure_ascii=False) for defect in defects]
-    try:
-        Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--report {path}: cannot be written ({error.strerror})") from None
+    files.atomic_write(path, "".join(line + "\n" for line in lines).encode())
 
 
 def print_defects(pool: Pool, defects: list[Defect], most: int = 20) -> None:
