@@ -9,6 +9,7 @@ from llava.errors import UsageError, run_main
 
 VERBS = {  # verb -> (module with a `main(args)`, what it does)
     "build": ("mini.build", "make the pool and the evaluation sets"),
+    "fixture": ("mini.fixture_set", "make mini/fixture/ again (for maintainers)"),
 }
 
 

@@ -23,6 +23,7 @@ from mini.fetch import Sources
 N_EVALUATION = 600
 N_UNSEEN = 150
 WORD_EVALUATION_SHARE = 0.3
+_COMMON = 2  # times a word's first sense was tagged in WordNet's text corpus
 
 _SKIPPED_GROUPS = ("component", "flags")
 _DENIED_EMOJI = {"middle finger", "cigarette", "pile of poo", "bikini"}
@@ -264,8 +265,10 @@ def _words(sources: Sources) -> tuple[Word, ...]:
     words = []
     senses = [(tagged.get(lemma, 0), lemma, offset) for lemma, offset in _first_senses(index)]
     for count, lemma, offset in sorted(senses, key=lambda sense: (-sense[0], sense[1])):
+        if count < _COMMON or offset in taken:
+            continue
         gloss, hypernyms = _short_gloss(synsets[offset].gloss), _ancestors(offset, synsets)
-        if count < 2 or offset in taken or not hypernyms or not _teachable(lemma, gloss):
+        if not hypernyms or not _teachable(lemma, gloss):
             continue  # a place or person has no hypernym here, only a class it is an instance of
         taken.add(offset)
         held_out = rank(lemma) / 2**64 < WORD_EVALUATION_SHARE

@@ -12,6 +12,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable
+from functools import cache
 
 from mini.evalsets import Choice, EvalSets, Open, Probe
 from mini.render import open_png
@@ -163,6 +164,7 @@ def _mmbench_row(item: Choice, number: int, turn: int, chinese: bool) -> dict:
     }
 
 
+@cache
 def _jpeg(picture: bytes) -> str:
     """Base64 of the picture as JPEG, as in MMBench's own file."""
     buffer = io.BytesIO()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mini.concepts import Emoji, rank
 from mini.recipes.drawings import KIND, WHOSE, kinds, neighbours
-from mini.recipes.emoji import CHOICE, CHOICE_ZH, distractors
+from mini.recipes.emoji import CHOICE, CHOICE_ZH, Names
 from mini.recipes.facts import element_choices, elements, meaning, wrong_glosses
 from mini.recipes.figures import (
     COLOURS,
@@ -98,26 +98,27 @@ def make_evalsets(world: World) -> EvalSets:
 
 def _mcq(world: World) -> list[Choice]:
     rng = random.Random("mcq")
-    asked = _asked_emoji(world)
+    asked, names = _asked_emoji(world), Names(world)
     half = len(asked) // 2
-    items = [_object(world, e, p, "fine", rng) for e, p in _dealt(asked[:half], rng)]
-    items += [_object(world, e, p, "coarse", rng) for e, p in _dealt(asked[half:], rng)]
+    items = [_object(world, names, e, p, "fine", rng) for e, p in _dealt(asked[:half], rng)]
+    items += [_object(world, names, e, p, "coarse", rng) for e, p in _dealt(asked[half:], rng)]
     items += _flags(world, rng)
     for animal, position in zip(deck(100, range(10), rng), deck(100, range(4), rng), strict=True):
         options = animal_options(animal, position, rng)
         zh = ("图中是哪种动物？", tuple(_ANIMALS_ZH[o] for o in options))
         picture = png(single_animal(world, "evaluation", animal, rng))
-        names = tuple(ANIMALS[o] for o in options)
-        items.append(Choice("", "animal", WHICH, names, position, picture, zh=zh))
+        en = tuple(ANIMALS[o] for o in options)
+        items.append(Choice("", "animal", WHICH, en, position, picture, zh=zh))
     items += _counts(world, rng)
     if not asked:
         items += _colours(world, 200, rng) + _numbers(world, 100, rng)
     return [_named(item, f"mcq_{i:04d}") for i, item in enumerate(items)]
 
 
-def _object(world: World, emoji: Emoji, position: int, kind: str, rng: random.Random) -> Choice:
-    wrong = distractors(world, emoji, 3, kind == "fine", rng)
-    options = placed(emoji, wrong, position)
+def _object(
+    world: World, names: Names, emoji: Emoji, position: int, kind: str, rng: random.Random
+) -> Choice:
+    options = placed(emoji, names.wrong(emoji, 3, kind == "fine", rng), position)
     return Choice(
         "",
         kind,
@@ -209,10 +210,10 @@ def _yesno(world: World) -> list[Probe]:
     asked = _asked_emoji(world)
     probes = []
     for c, category in enumerate(("adversarial", "random", "popular")):
+        names = Names(world, *(("train",) if category == "popular" else ()))  # seen most often
         for emoji in asked[100 * c : 100 * (c + 1)]:
             picture = world.emoji[emoji.hexcode, "3d"]
-            roles = ("train",) if category == "popular" else ()  # names seen most often
-            (wrong,) = distractors(world, emoji, 1, category == "adversarial", rng, roles)
+            (wrong,) = names.wrong(emoji, 1, category == "adversarial", rng)
             probes.append(Probe(category, emoji.en, True, picture))
             probes.append(Probe(category, wrong.en, False, picture))
         for animal in deck(0 if asked else 100, range(10), rng):

@@ -50,7 +50,11 @@ class Sources:
 
     def read(self, key: str, *members: str) -> list[bytes]:
         """Contents of the named members, in that order. Raises `DataError` if one is missing."""
-        found = dict(self.members(key, set(members).__contains__))
+        found: dict[str, bytes] = {}
+        for name, content in self.members(key, set(members).__contains__):
+            found[name] = content
+            if len(found) == len(members):
+                break  # the rest of the archive need not be unpacked
         missing = [member for member in members if member not in found]
         if missing:
             raise DataError(f"{self.files[key]}: has no member {missing[0]!r}; delete the file")

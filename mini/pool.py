@@ -33,7 +33,7 @@ from mini.settings import PoolSettings
 from mini.world import World, load_world
 from selection.files import atomic_write, make_folder, remove, storage_errors, sweep
 
-VERSION = 2  # of what the recipes make; raise it when their output changes
+VERSION = 3  # of what the recipes make; raise it when their output changes
 MARKER = "build.json"
 
 
@@ -95,8 +95,8 @@ def build(out: str | Path, cache: str | Path, seed: int, settings: PoolSettings)
     pool = json_list(samples)
     _clear(out)
     evaluation = evaluation_files(sets)
-    _write_files(out / "images", dict(sorted(gallery.items())))
-    _write_files(out / "eval", evaluation)
+    write_files(out / "images", dict(sorted(gallery.items())))
+    write_files(out / "eval", evaluation)
     atomic_write(out / "ATTRIBUTION.md", attribution())
     atomic_write(out / "pool.json", pool)
     marker = {
@@ -184,7 +184,7 @@ def _clear(out: Path) -> None:
                 shutil.rmtree(out / name)
 
 
-def _write_files(folder: Path, contents: dict[str, bytes]) -> None:
+def write_files(folder: Path, contents: dict[str, bytes]) -> None:
     """Plain writes: fifteen thousand syncs would take minutes, the marker's tally guards them."""
     with storage_errors(folder):
         for parent in sorted({(folder / name).parent for name in contents}):

@@ -78,11 +78,12 @@ def emoji_yn(
     n = len(views)
     forced = biased(n, settings.yes_bias, 0.5, rng)
     answers = favoured(forced, True, (True, False), rng)
+    names = Names(world)
     samples = []
     for (emoji, style), yes, lean, chinese in zip(
         views, answers, forced, _chinese(n, rng, settings), strict=True
     ):
-        (other,) = distractors(world, emoji, 1, False, rng)
+        (other,) = names.wrong(emoji, 1, False, rng)
         name = emoji if yes else other
         text = rng.choice(YES_NO).format(article(name.en))
         turns = [f"{text}\n{SHORT}", "Yes" if yes else "No"]
@@ -101,13 +102,12 @@ def emoji_mcq(
     n = len(views)
     hard = [True] * round(n * _HARD) + [False] * (n - round(n * _HARD))
     rng.shuffle(hard)
-    plan = Shortcuts(n, rng, settings)
+    plan, names = Shortcuts(n, rng, settings), Names(world)
     samples = []
     for i, ((emoji, style), chinese) in enumerate(
         zip(views, _chinese(n, rng, settings), strict=True)
     ):
-        names = distractors(world, emoji, 3, hard[i], rng)
-        options = placed(emoji, names, plan.positions[i])
+        options = placed(emoji, names.wrong(emoji, 3, hard[i], rng), plan.positions[i])
         text = multiple_choice(rng.choice(CHOICE), [option.en for option in options])
         if chinese:
             text = multiple_choice(CHOICE_ZH, [option.zh for option in options], LETTER_ZH)
@@ -137,26 +137,29 @@ class Shortcuts:
         return labels(position=self._leaning[i], colour=self._telling[i])
 
 
-def distractors(
-    world: World, gold: Emoji, n: int, hard: bool, rng: random.Random, roles: tuple = ()
-) -> list[Emoji]:
-    """Wrong names: of the same subgroup if `hard` (and it is large enough), else of other groups.
+class Names:
+    """Wrong names for a drawing, drawn from all concepts but the unseen ones."""
 
-    A name that contains the right one or is part of it ("cat", "cat face") might be right too.
-    """
-    words = set(gold.en.split())
+    def __init__(self, world: World, *roles: str) -> None:
+        self._all = [
+            e for e in world.concepts.emoji if e.role in (roles or ("train", "evaluation"))
+        ]
+        self._words = {e.hexcode: frozenset(e.en.split()) for e in world.concepts.emoji}
 
-    def differs(other: Emoji) -> bool:
-        named = set(other.en.split())
-        return other is not gold and not (words <= named or named <= words)
+    def wrong(self, gold: Emoji, n: int, hard: bool, rng: random.Random) -> list[Emoji]:
+        """`n` of the same subgroup if `hard` (and it is large enough), else of other groups."""
+        near = [e for e in self._all if e.subgroup == gold.subgroup and self._differs(e, gold)]
+        if hard and len(near) >= n:
+            return rng.sample(near, n)
+        while True:
+            drawn = rng.sample(self._all, n)
+            if all(e.group != gold.group and self._differs(e, gold) for e in drawn):
+                return drawn
 
-    allowed = [e for e in world.concepts.emoji if e.role != "unseen" and differs(e)]
-    if roles:
-        allowed = [e for e in allowed if e.role in roles]
-    near = [e for e in allowed if e.subgroup == gold.subgroup]
-    if hard and len(near) >= n:
-        return rng.sample(near, n)
-    return rng.sample([e for e in allowed if e.group != gold.group], n)
+    def _differs(self, other: Emoji, gold: Emoji) -> bool:
+        """Not so if one name contains the other ("cat", "cat face"): both might be right."""
+        words, named = self._words[gold.hexcode], self._words[other.hexcode]
+        return not (words <= named or named <= words)
 
 
 def _views(world: World, rng: random.Random) -> list[tuple[Emoji, str]]:
