@@ -15,7 +15,7 @@ import sentencepiece
 import torch
 import transformers as hf
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 WORDS = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -245,6 +245,11 @@ def _byte_tokenizer(marks: list[str], bos: str | None, eos: str) -> hf.PreTraine
         show_progress=False,
     )
     tokenizer.train_from_iterator([WORDS] * 3, trainer)
+    if bos:  # added even where the chat template has written it: the usual trap
+        ids = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=ids
+        )
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
