@@ -47,8 +47,6 @@ def run_list(argv: list[str]) -> None:
 
 def run_check(argv: list[str]) -> None:
     """Exit 2 when there is a defect."""
-    from pathlib import Path
-
     from llava.tokens import load_tokenizer
 
     from .check import CheckSettings, check_pool, print_defects, write_report
@@ -58,9 +56,8 @@ def run_check(argv: list[str]) -> None:
     about = "Check the records, paths, image headers and, with --tokenizer, labels of a pool."
     (where, settings), _ = parse_plain("check", about, argv, PoolSettings, CheckSettings)
     pool = Pool.open(where.pool, where.limit)
-    images = Path(where.images) if where.images else None
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
-    defects = check_pool(pool, images, settings, tokenizer)
+    defects = check_pool(pool, where, settings, tokenizer)
     if settings.report:
         write_report(settings.report, defects)
     print_defects(pool, defects)

@@ -24,6 +24,7 @@ from llava.tokens import IGNORE_INDEX, Tokenizer, encode_conversation
 
 from . import files
 from .pool import Pool
+from .settings import PoolSettings
 
 MAX_IN_FLIGHT = 4096  # records queued to the threads at a time: bounds memory for any pool size
 
@@ -61,12 +62,12 @@ class Defect:
 
 
 def check_pool(
-    pool: Pool, images: Path | None, settings: CheckSettings, tokenizer: Tokenizer | None
+    pool: Pool, where: PoolSettings, settings: CheckSettings, tokenizer: Tokenizer | None
 ) -> list[Defect]:
-    """All defects of `pool`, by row. With `images` None a record with an image is a defect."""
+    """All defects of `pool`, by row. Without `where.images` a record with an image is a defect."""
 
     def look(row: int) -> Defect | None:
-        return _check_row(pool, row, images, settings, tokenizer)
+        return _check_row(pool, row, where, settings, tokenizer)
 
     found = []
     with concurrent.futures.ThreadPoolExecutor(settings.workers) as threads:
@@ -101,7 +102,7 @@ def print_defects(pool: Pool, defects: list[Defect], most: int = 20) -> None:
 def _check_row(
     pool: Pool,
     row: int,
-    images: Path | None,
+    where: PoolSettings,
     settings: CheckSettings,
     tokenizer: Tokenizer | None,
 ) -> Defect | None:
@@ -111,7 +112,7 @@ def _check_row(
     try:
         kind = "image"
         if record.image is not None:
-            _check_image(images, record.image, settings.decode)
+            _check_image(where, record.image, settings.decode)
         kind = "labels"
         if tokenizer is not None:
             _check_labels(record, settings, tokenizer)
@@ -120,13 +121,11 @@ def _check_row(
     return None
 
 
-def _check_image(images: Path | None, ref: str, decode: bool) -> None:
-    if images is None:
+def _check_image(where: PoolSettings, ref: str, decode: bool) -> None:
+    if where.images is None:
         raise UsageError("has an image, and no --images folder is given")
-    if decode:
-        open_image(images, ref)
-    else:
-        check_image(images, ref)
+    look = open_image if decode else check_image
+    look(where.images, ref, extra_roots=[Path(root) for root in where.image_roots])
 
 
 def _check_labels(record: Record, settings: CheckSettings, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,7 @@ labels with their results.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,28 +55,21 @@ def spherical_kmeans(sample: np.ndarray, k: int, n_iter: int = 20, seed: int = 0
     return _fill_empty(sample, kmeans.centroids)
 
 
-def assign(
-    chunks: Iterable[tuple[slice, torch.Tensor]],
-    centroids: np.ndarray,
-    groups: np.ndarray,
-    owner: np.ndarray,
+def nearest(
+    vectors: torch.Tensor, centroids: np.ndarray, groups: np.ndarray, owner: np.ndarray
 ) -> np.ndarray:
     """Nearest centroid by cosine among those of the row's own group, (n,) int64.
 
-    `groups` (n,) gives the group of every store row, -1 for rows to leave out; `owner` (M,) the
-    group of every centroid. Ties go to the first centroid. Rows left out, rows with a value that is
-    not finite and rows whose group has no centroid get -1.
+    `vectors` (n, D) and `centroids` (M, D) float32; `groups` (n,) gives the group of every row, -1
+    for rows to leave out, `owner` (M,) that of every centroid. Ties go to the first centroid. Rows
+    left out, rows with a value that is not finite and rows whose group has no centroid get -1.
     """
-    labels = np.full(len(groups), -1, np.int64)
-    matrix = torch.from_numpy(np.ascontiguousarray(centroids.T))
-    for part, vectors in chunks:
-        # The length of a row scales all its products alike: no need to divide by it.
-        products = (vectors @ matrix).numpy()  # (n, M)
-        open_to = groups[part, None] == owner[None, :]
-        best = np.where(open_to, products, -np.inf).argmax(axis=1)
-        usable = open_to.any(axis=1) & np.isfinite(products).all(axis=1)
-        labels[part] = np.where(usable, best, -1)
-    return labels
+    # The length of a row scales all its products alike: no need to divide by it.
+    products = (vectors @ torch.from_numpy(centroids).T).numpy()  # (n, M)
+    open_to = groups[:, None] == owner[None, :]
+    best = np.where(open_to, products, -np.inf).argmax(axis=1)
+    usable = open_to.any(axis=1) & np.isfinite(products).all(axis=1)
+    return np.where(usable, best, -1)
 
 
 def cluster_groups(
@@ -103,12 +96,17 @@ def cluster_groups(
         if len(sample):
             centroids.append(spherical_kmeans(sample, k, n_iter, seed))
             owner += [group] * len(centroids[-1])
+    labels = np.full(len(groups), -1, np.int64)
     if not centroids:
         width = sum(reader.columns[name].shape[0] for name in names)
-        empty = np.zeros((0, width), np.float32)
-        return Clusters(np.full(len(groups), -1, np.int64), empty, np.zeros(0, np.int64))
+        return Clusters(labels, np.zeros((0, width), np.float32), np.zeros(0, np.int64))
     matrix, owner = np.concatenate(centroids), np.asarray(owner, np.int64)
-    labels = assign(stream.chunks(reader, names, normalize_parts), matrix, groups, owner)
+
+    def label(part: slice, vectors: torch.Tensor) -> np.ndarray:
+        return nearest(vectors, matrix, groups[part], owner)
+
+    for part, found in stream.apply(reader, names, label, normalize_parts):
+        labels[part] = found
     return Clusters(labels, matrix, owner)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
 from llava.errors import DataError, UsageError, UserError
@@ -67,6 +68,7 @@ def extract(
     block_size: int = DEFAULT_BLOCK_SIZE,
     num_workers: int = 0,
     max_bad: float = MAX_BAD,
+    extra_roots: Sequence[Path] = (),
     ranks: Ranks | None = None,
     progress: bool = True,
 ) -> StoreReader:
@@ -74,7 +76,8 @@ def extract(
 
     Under torchrun every rank calls this, with the `ranks` of the process if it has made some. A
     batch holds at most `batch_size` samples and `max_tokens` tokens, padding included.
-    `num_workers` processes prepare samples while the device computes; 0 prepares in line.
+    `num_workers` processes prepare samples while the device computes; 0 prepares in line. Links in
+    the image folder may lead to `extra_roots`.
 
     Raises DataError when more than `max_bad` of the rows (as a share; one always may) cannot be
     scored, UsageError when the image folder is missing, StorageError when the disk refuses.
@@ -91,7 +94,7 @@ def extract(
         if ranks.is_first:
             ranks.barrier()
         missing = ranks.from_first(writer.missing_blocks)
-        samples = Samples(signal, proxy, pool, image_folder)
+        samples = Samples(signal, proxy, pool, image_folder, extra_roots)
         run = _Run(signal, proxy, samples, batch_size, max_tokens, allowed_bad(len(rows), max_bad))
         run.write_blocks(writer, missing[ranks.rank :: ranks.world_size], num_workers, progress)
         ranks.barrier()
@@ -124,22 +127,31 @@ class Samples(Dataset):
     """Pool rows as items of a signal; runs in loader processes."""
 
     def __init__(
-        self, signal: Signal, proxy: Proxy, pool: Pool, image_folder: str | Path | None
+        self,
+        signal: Signal,
+        proxy: Proxy,
+        pool: Pool,
+        image_folder: str | Path | None,
+        extra_roots: Sequence[Path] = (),
     ) -> None:
         self.signal, self.proxy, self.pool = signal, proxy, pool
         self.image_folder = None if image_folder is None else Path(image_folder)
+        self.extra_roots = tuple(extra_roots)
 
     def __getitem__(self, row: int) -> Item | Unusable:
         try:
             record = self.pool.record(row)
             has_image = bool(self.pool.has_image[row])
-            image = open_image(self.image_folder, record.image) if has_image else None
+            image = self._open(record.image) if has_image else None
             sample = Sample(row, self.pool.uid(row), record, image)
             return self.signal.prepare(self.proxy, sample)
         except UserError as error:
             return Unusable(str(error))
         except MemoryError:
             return Unusable("out of memory while opening or preparing it")
+
+    def _open(self, ref: str) -> Image:
+        return open_image(self.image_folder, ref, extra_roots=self.extra_roots)
 
     def note(self, row: int, reason: str) -> dict[str, Any]:
         """How a store lists a sample without numbers."""

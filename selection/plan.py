@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def plan(
     max_tokens: int = MAX_TOKENS,
     block_size: int = DEFAULT_BLOCK_SIZE,
     num_workers: int = 0,
+    extra_roots: Sequence[Path] = (),
     world_size: int = 1,
 ) -> dict[str, Any]:
     """Estimate an extraction of `rows` (n,) by preparing `N_PROBED` of them and running a few.
@@ -54,7 +56,7 @@ def plan(
     identity = signal_identity(signal, proxy, pool, rows)
     folder = store_folder(store_root, signal.name, identity, rows, columns)
     probe = rows[np.unique(np.linspace(0, len(rows) - 1, N_PROBED).astype(int))]
-    samples = Samples(signal, proxy, pool, image_folder)
+    samples = Samples(signal, proxy, pool, image_folder, extra_roots)
     started = time.perf_counter()
     prepared = [samples[int(row)] for row in probe]
     preparing = (time.perf_counter() - started) / len(probe) * len(rows)

@@ -220,6 +220,7 @@ def extract_signal(
         block_size=settings.block_size,
         num_workers=_workers(settings),
         max_bad=settings.max_bad,
+        extra_roots=[Path(root) for root in where.image_roots],
         ranks=ranks,
     )
 
@@ -244,6 +245,7 @@ def print_plan(
             max_tokens=settings.max_tokens,
             block_size=settings.block_size,
             num_workers=_workers(settings),
+            extra_roots=[Path(root) for root in where.image_roots],
             world_size=Ranks().world_size,
         )
         state = "already stored" if found["stored"] else f"about {_duration(found['seconds'])}"

@@ -25,6 +25,8 @@ class PoolSettings:
     """the pool: a LLaVA JSON list or JSON lines file"""
     images: str | None = None
     """folder that the records' `image` paths are relative to; a text-only pool needs none"""
+    image_roots: tuple[str, ...] = ()
+    """further folders that links inside `images` may lead to, as a list: '[/data/coco]'"""
     limit: int | None = None
     """use the first LIMIT records only"""
 
@@ -146,7 +148,8 @@ def parse_plain(verb: str, about: str, argv: list[str], *groups: type) -> tuple[
 
 def dump(flat: dict) -> str:
     """The flat settings as YAML that `--config` reads back."""
-    keys = {key: value for key, value in flat.items() if key not in ("force_new", "dry_run")}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
+    keys = {key: value for key, value in plain.items() if key not in ("force_new", "dry_run")}
     return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
 
 
@@ -188,7 +191,8 @@ def _normalise(argv: list[str], groups: tuple[type, ...]) -> list[str]:
 
 
 def _pick(group: type, flat: dict):
-    return group(**{field.name: flat[field.name] for field in dataclasses.fields(group)})
+    values = {field.name: flat[field.name] for field in dataclasses.fields(group)}
+    return group(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _method_name(argv: list[str]) -> tuple[str, list[str]]:

@@ -1,16 +1,18 @@
 """Stored vectors as float32, a chunk of rows at a time, in memory that does not grow with the pool.
 
-Rows come in chunks of a fixed size counted from the start of the store, whatever its block size.
-Every later product thus runs on the same operands in the same order, and gives the same bits, for
-any block size; PyTorch's CPU kernels used on them give the same bits for any number of threads.
+Rows come in chunks of a fixed size counted from the start of the store, whatever its block size,
+and each chunk is worked on by one thread. Every product thus runs on the same operands in the same
+order, and gives the same bits, for any block size and any number of threads.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -19,34 +21,52 @@ if TYPE_CHECKING:
     from selection.store import StoreReader
 
 CHUNK = 128  # 128 x 8192 float32 are 4 MiB: stays in cache between conversion and products
+Result = TypeVar("Result")
 
 
-def chunks(
+def apply(
     reader: StoreReader,
     names: Sequence[str],
+    function: Callable[[slice, torch.Tensor], Result],
     normalize_parts: bool = False,
     size: int = CHUNK,
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Stream `(slice of store rows, vectors (n, D) float32)`: the columns `names` side by side.
+) -> Iterator[tuple[slice, Result]]:
+    """Stream `(slice of store rows, function(slice, vectors))`, in order.
 
-    With `normalize_parts` each column is L2-normalised on its own first. The tensor is one buffer
-    that is overwritten by the next chunk: copy what has to stay.
+    `vectors` (n, D) float32 are the columns `names` side by side; with `normalize_parts` each is
+    L2-normalised on its own first. They are overwritten when `function` returns, so its result
+    must not refer to them. Chunks are worked on beside one another, on as many threads as PyTorch
+    has, while the next block is read and checked.
     """
-    n = len(reader)
-    buffer = torch.empty(min(size, n), _width(reader, names))
-    parts = _parts(buffer, reader, names)
-    filled = start = 0
-    for _, arrays in _ahead(reader.blocks(list(names))):
-        block = [_tensor(arrays[name]) for name in names]
-        taken, length = 0, len(block[0])
-        while taken < length:
-            step = min(length - taken, len(buffer) - filled)
-            for part, column in zip(parts, block, strict=True):
-                part[filled : filled + step] = column[taken : taken + step]
-            taken, filled = taken + step, filled + step
-            if filled == len(buffer) or start + filled == n:
-                yield slice(start, start + filled), _finish(buffer[:filled], parts, normalize_parts)
-                start, filled = start + filled, 0
+    n, threads = len(reader), torch.get_num_threads()
+    local = threading.local()
+
+    def work(part: slice, pieces: list[list[torch.Tensor]]) -> Result:
+        if not hasattr(local, "buffer"):
+            local.buffer = torch.empty(min(size, n), _width(reader, names))
+        vectors = local.buffer[: part.stop - part.start]
+        filled = 0
+        parts = _parts(vectors, reader, names)
+        for piece in pieces:
+            for target, column in zip(parts, piece, strict=True):
+                target[filled : filled + len(column)] = column
+            filled += len(piece[0])
+        return function(part, _finish(vectors, parts, normalize_parts))
+
+    # Splitting each of these small operations over threads costs more in waiting for one another
+    # than it gains, and many times that on a machine that is busy.
+    coming: deque = deque()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        try:
+            for part, pieces in _pieces(reader, names, size):
+                coming.append((part, executor.submit(work, part, pieces)))
+                if len(coming) > 2 * threads:
+                    done, future = coming.popleft()
+                    yield done, future.result()
+            for done, future in coming:
+                yield done, future.result()
+        finally:
+            torch.set_num_threads(threads)  # the workers' number is also that of later threads
 
 
 def take(
@@ -84,14 +104,21 @@ def cosines(vectors: torch.Tensor, columns: torch.Tensor) -> np.ndarray:
     return (products / (lengths if products.ndim == 1 else lengths[:, None])).numpy()
 
 
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, each made while the caller works on the one before: a block of a store is
-    read and checked on one core beside the products on the other."""
-    with ThreadPoolExecutor(1) as executor:
-        coming = executor.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = executor.submit(next, items, None)
-            yield item
+def _pieces(
+    reader: StoreReader, names: Sequence[str], size: int
+) -> Iterator[tuple[slice, list[list[torch.Tensor]]]]:
+    """Each chunk's rows, and the parts of blocks that it is made of, one tensor per column."""
+    pieces, start, stop = [], 0, 0
+    for _, arrays in reader.blocks(list(names)):
+        block = [_tensor(arrays[name]) for name in names]
+        taken, length = 0, len(block[0])
+        while taken < length:
+            step = min(length - taken, start + size - stop)
+            pieces.append([column[taken : taken + step] for column in block])
+            taken, stop = taken + step, stop + step
+            if stop - start == size or stop == len(reader):
+                yield slice(start, stop), pieces
+                pieces, start = [], stop
 
 
 def _width(reader: StoreReader, names: Sequence[str]) -> int:
@@ -107,8 +134,7 @@ def _finish(
 ) -> torch.Tensor:
     if normalize_parts:
         for part in parts:
-            rows = part[: len(vectors)]
-            rows /= norms(rows).clamp_min(1e-30)[:, None]
+            part /= norms(part).clamp_min(1e-30)[:, None]
     return vectors
 
 

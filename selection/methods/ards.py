@@ -168,13 +168,18 @@ def score_store(
     linear = settings.similarity == "mean" and settings.aggregate == "weighted_sum"
     matrix = direction(members, weights) if linear else torch.cat(list(members)).T.contiguous()
     starts = np.cumsum([0, *(len(vectors) for vectors in members[:-1])])
-    scores = np.empty(len(reader))
-    for part, vectors in stream.chunks(reader, columns, settings.normalize_parts):
+
+    def score(_: slice, vectors: torch.Tensor) -> np.ndarray:
         cosines = stream.cosines(vectors, matrix)
-        if not linear:
-            d = similarity(cosines, starts, settings.similarity)
-            cosines = information(d, weights, settings.aggregate)
-        scores[part] = cosines
+        if linear:
+            return cosines
+        return information(
+            similarity(cosines, starts, settings.similarity), weights, settings.aggregate
+        )
+
+    scores = np.empty(len(reader))
+    for part, found in stream.apply(reader, columns, score, settings.normalize_parts):
+        scores[part] = found
     return scores
 
 

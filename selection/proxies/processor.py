@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llava.data import Record
 
 ROLES = {"human": "user", "gpt": "assistant"}
+SAFELY = {"local_files_only": True, "trust_remote_code": False}  # no code out of a checkpoint
 VIDEO = "video_processor"
 CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 NO_LIMIT = 1 << 20  # tokenizers without a limit report an astronomic one
@@ -63,7 +64,7 @@ class ProcessorProxy(Proxy):
         try:
             processor = load_processor(path)
             model = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=dtype, local_files_only=True, use_safetensors=True
+                path, dtype=dtype, use_safetensors=True, **SAFELY
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -183,7 +184,7 @@ def load_processor(path: Path) -> Any:
                 parts.insert(all_parts.index(VIDEO), None)
             return parts
 
-    return StillImages.from_pretrained(path, local_files_only=True)
+    return StillImages.from_pretrained(path, **SAFELY)
 
 
 def _processor_class(path: Path) -> str | None:

@@ -93,6 +93,11 @@ def test_every_defect_is_found_and_no_other(tmp_path, images):
         assert "\n" not in reasons[i]
 
 
+def test_links_may_lead_to_named_folders(tmp_path, images):
+    records = [*GOOD, record(15, "link.png")]
+    assert check(tmp_path, images, records, "--image_roots", f"[{tmp_path}]") == (0, [])
+
+
 def test_decode_finds_damage_behind_the_header(tmp_path, images):
     records = [*GOOD, record(5, "cut.jpg")]
     assert check(tmp_path, images, records) == (0, [])
