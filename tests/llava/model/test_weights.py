@@ -194,7 +194,7 @@ def test_a_hub_repository_in_the_cache_is_found(tmp_path, monkeypatch):
 
 
 def test_directories_are_found_from_the_checkpoint_first(tmp_path, monkeypatch):
-    for folder in ("run/model", "run/tower", "cwd/tower", "run/clip-large"):
+    for folder in ("run/model", "run/tower", "tower", "cwd/tower", "run/clip-large"):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "cwd")
     beside = tmp_path / "run/model"

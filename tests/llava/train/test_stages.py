@@ -141,7 +141,7 @@ def test_workers_change_nothing(run):
 @pytest.mark.parametrize(
     "stage",
     [
-        {"group_by_modality_length": True},
+        {"group_by_modality_length": True, "bf16": True},
         {"lora_enable": True, "bf16": True, "group_by_modality_length": True},
         {"tune_mm_mlp_adapter": True, "version": "plain"},
     ],

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from llava.errors import DataError, NonFiniteError
 from llava.model import checkpoint
@@ -18,7 +19,7 @@ from llava.train import __main__ as entry
 from llava.train import trainer as trainer_module
 from llava.train.arguments import parse
 from llava.train.stages import load_model, prepare
-from llava.train.trainer import EpochSampler, LlavaTrainer, supervised_loss
+from llava.train.trainer import EpochOrder, EpochSampler, LlavaTrainer, supervised_loss
 
 TEXT_ONLY = {"vision_tower": None, "image_folder": None}
 
@@ -127,6 +128,9 @@ def test_modality_grouping_depends_on_seed_and_epoch_only():
     assert order(1, 3) == order(1, 3)
     assert order(1, 3) != order(1, 4) and order(1, 3) != order(2, 3)
     assert sorted(order(1, 3)) == list(range(60))
+    resumed = EpochSampler(lengths, 4, 2, 1)  # in the middle of the fourth epoch
+    EpochOrder(resumed).on_epoch_begin(None, TrainerState(epoch=3.4), None)
+    assert list(resumed) == order(1, 3)
 
 
 # ---- what stops a run (P18, bad input) -----------------------------------------------------------
