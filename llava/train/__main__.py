@@ -28,7 +28,10 @@ def make_dataset(arguments: Arguments, loaded: Loaded) -> ConversationDataset:
     if loaded.image_processor is None and any(record.has_image for record in records):
         raise UsageError(f"{data.data_path}: has images; give --vision_tower and --image_folder")
     template = get_template(loaded.template_name)
-    return ConversationDataset(records, folder, template, loaded.tokenizer, loaded.image_processor)
+    roots = [Path(root) for root in data.image_roots]
+    return ConversationDataset(
+        records, folder, template, loaded.tokenizer, loaded.image_processor, roots
+    )
 
 
 def make_collator(loaded: Loaded) -> Collator:

@@ -76,6 +76,10 @@ class DataArguments:
 
     data_path: str = _flag(None, "LLaVA JSON list, or one record a line")
     image_folder: str | None = _flag(None, "folder that the records' image paths are relative to")
+    image_roots: list[str] = field(
+        default_factory=list,
+        metadata={"help": "folders outside it that links in the image folder may lead to"},
+    )
     image_aspect_ratio: Literal["square", "pad"] = _flag(
         "square", "pad shows the whole image (LLaVA-1.5 fine-tuning), square crops its centre"
     )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainerState
 
-from llava.errors import DataError, NonFiniteError
+from llava.errors import DataError, NonFiniteError, UserError
 from llava.model import checkpoint
 from llava.model.assemble import assemble
 from llava.model.checkpoint import Kind
@@ -196,3 +196,16 @@ def test_bad_image_is_one_line_with_its_row(run, squares, tmp_path, workers):
     with pytest.raises(Exception, match=r"^row 2 \(id '?4'?\): .*no such file") as caught:
         run("out", data_path=path, dataloader_num_workers=workers)
     assert caught.value.exit_code == 65 and "\n" not in str(caught.value)
+
+
+def test_linked_image_folders_must_be_named(run, squares, tmp_path):
+    (tmp_path / "linked").symlink_to(squares / "img")
+    records = json.loads((squares / "images.json").read_text())
+    for record in records:
+        record["image"] = f"linked/{record['image']}"
+    path = tmp_path / "linked.json"
+    path.write_text(json.dumps(records))
+    common = {"data_path": path, "image_folder": tmp_path, "max_steps": 1}
+    with pytest.raises(UserError, match="leaves the image folder"):
+        run("out", **common)
+    assert (run("out", image_roots=squares, **common) / "model.safetensors").exists()
