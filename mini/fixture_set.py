@@ -14,7 +14,7 @@ from pathlib import Path
 from mini.concepts import Emoji
 from mini.evalformats import evaluation_files, json_list
 from mini.evalsets import Choice, EvalSets, Open, Probe
-from mini.fetch import Sources, default_cache, fetch
+from mini.fetch import default_cache, fetch
 from mini.pool import write_files
 from mini.recipes import emoji, facts
 from mini.samples import Gallery, Sample, placed
@@ -39,14 +39,14 @@ _SHARES = (
 
 def main(args: Sequence[str]) -> None:
     """Write the fixture; takes no options."""
-    files = make_files(fetch(default_cache()))
+    files = make_files(load_world(fetch(default_cache())))
     write_files(FIXTURE, files)
     print(f"{FIXTURE}: {len(files)} files, {sum(map(len, files.values())):,} bytes")
 
 
-def make_files(sources: Sources) -> dict[str, bytes]:
+def make_files(world: World) -> dict[str, bytes]:
     """Pool, pictures and evaluation sets by their name in the fixture's folder."""
-    world = _small(load_world(sources))
+    world = _small(world)
     gallery = Gallery()
     samples: list[Sample] = []
     for recipe, n in _SHARES:

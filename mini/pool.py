@@ -79,7 +79,7 @@ def build(out: str | Path, cache: str | Path, seed: int, settings: PoolSettings)
     identity = {"version": VERSION, "seed": seed, "settings": _plain(settings)}
     identity["rasteriser"] = RASTERISER
     identity["packages"] = {package.key: package.sha256[:16] for package in PACKAGES}
-    if marker := built(out, identity):
+    if marker := already_built(out, identity):
         return marker
     clock = _Clock()
     sources = fetch(cache, settings.registries)
@@ -114,7 +114,7 @@ def build(out: str | Path, cache: str | Path, seed: int, settings: PoolSettings)
     return marker
 
 
-def built(out: Path, identity: dict) -> dict | None:
+def already_built(out: Path, identity: dict) -> dict | None:
     """The marker of a build of this identity in `out`, if no file is lost, cut or changed in size.
 
     What others add below eval/ (answers of models) does not matter.
