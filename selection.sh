@@ -32,8 +32,9 @@ defaults=()
 if [ -n "$small_world" ]; then
   world=playground/mini
   "$PYTHON" -m mini build --out "$world"
-  "$PYTHON" -m mini warmup --world "$world"
-  defaults=(--pool "$world/pool.json" --images "$world/images" --model "$world/checkpoints/warmup" --budget 0.3)
+  "$PYTHON" -m mini warmup --data "$world" --out "$world/proxy"
+  defaults=(--pool "$world/pool.json" --images "$world/images" --model "$world/proxy" --budget 0.3)
+  if [ -f "mini/${method[0]}.yaml" ]; then defaults=(--config "mini/${method[0]}.yaml" "${defaults[@]}"); fi
 fi
 
 nproc=${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
