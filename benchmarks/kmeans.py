@@ -22,7 +22,7 @@ import torch
 from score_store import COLUMNS, read, seconds, write_store
 
 from selection import stream
-from selection.cluster import POINTS_PER_CENTROID, assign, cluster_groups, spherical_kmeans
+from selection.cluster import POINTS_PER_CENTROID, cluster_groups, nearest, spherical_kmeans
 
 
 def lloyd_step(sample: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -50,7 +50,10 @@ def measure(folder: Path, n_rows: int, width: int, n_groups: int, k: int, n_iter
     def label() -> None:
         centroids = np.concatenate([made["centroids"]] * n_groups)
         owner = np.repeat(np.arange(n_groups), len(made["centroids"]))
-        assign(stream.chunks(reader, COLUMNS), centroids, groups, owner)
+        for _ in stream.apply(
+            reader, COLUMNS, lambda part, rows: nearest(rows, centroids, groups[part], owner)
+        ):
+            pass
 
     made: dict[str, np.ndarray] = {}
     steps = {

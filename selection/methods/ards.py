@@ -12,8 +12,7 @@ Multimodal Models. NeurIPS 2025. https://openreview.net/forum?id=5CFhUQCmkW
     I(x_i) = sum_m w_m d_iSm                            information
 
 With mean similarity the last two are one matrix-vector product, I(x_i) = (r_i / |r_i|) . v with
-v = sum_m w_m mean_(j in S_m) r_j / |r_j| (`direction`): the pool is read once, at the speed of
-reading.
+v = sum_m w_m mean_(j in S_m) r_j / |r_j| (`direction`): the pool is read once.
 
 Differs from the paper and from the released code: docs/methods/ards.md, with the reasons.
 """
@@ -150,8 +149,9 @@ def direction(members: Sequence[torch.Tensor], weights: np.ndarray) -> torch.Ten
 
     `members` are unit vectors (B_m, D) of each subgroup: v = sum_m w_m mean_j r_j / |r_j|.
     """
-    means = torch.stack([vectors.double().mean(dim=0) for vectors in members])
-    return (torch.from_numpy(weights) @ means).float()
+    means = np.stack([vectors.numpy().mean(axis=0, dtype=np.float64) for vectors in members])
+    # NumPy's sum, unlike a product, does not depend on the number of threads.
+    return torch.from_numpy((weights[:, None] * means).sum(axis=0)).float()
 
 
 def score_store(
@@ -170,12 +170,11 @@ def score_store(
     starts = np.cumsum([0, *(len(vectors) for vectors in members[:-1])])
 
     def score(_: slice, vectors: torch.Tensor) -> np.ndarray:
-        cosines = stream.cosines(vectors, matrix)
+        found = stream.cosines(vectors, matrix)
         if linear:
-            return cosines
-        return information(
-            similarity(cosines, starts, settings.similarity), weights, settings.aggregate
-        )
+            return found
+        found = similarity(found, starts, settings.similarity)
+        return information(found, weights, settings.aggregate)
 
     scores = np.empty(len(reader))
     for part, found in stream.apply(reader, columns, score, settings.normalize_parts):
@@ -362,25 +361,21 @@ class Ards(Method):
 
     def _members(self, context: Context, subgroups: list[Subgroup]) -> list[torch.Tensor]:
         """Unit vectors (B_m, D) float32 of the members of every subgroup, clean ones first."""
-        parts = []
-        for signal, rows in (
-            ("forward", [found.rows for found in subgroups]),
-            ("perturbed", [found.copies for found in subgroups]),
-        ):
-            wanted = np.concatenate(rows)
-            if len(wanted):
+        wanted = {
+            "forward": [found.rows for found in subgroups],
+            "perturbed": [found.copies for found in subgroups],
+        }
+        parts, normalize = [], self.settings.normalize_parts
+        for signal, rows in wanted.items():
+            if any(map(len, rows)):
                 reader = context.readers[signal]
-                positions = np.searchsorted(reader.rows, wanted)
-                vectors = stream.take(
-                    reader, self._columns, positions, self.settings.normalize_parts
-                )
-                parts.append(stream.unit(vectors).split([len(mine) for mine in rows]))
+                positions = np.searchsorted(reader.rows, np.concatenate(rows))
+                vectors = stream.unit(stream.take(reader, self._columns, positions, normalize))
+                parts.append(vectors.split([len(mine) for mine in rows]))
         return [torch.cat(own) for own in zip(*parts, strict=True)]
 
 
-def _describe(
-    subgroup: Subgroup, loss: float, weight: float, keys: np.ndarray
-) -> dict[str, object]:
+def _describe(subgroup: Subgroup, loss: float, weight: float, keys: np.ndarray) -> dict:
     """One entry of the artefact `subgroups`."""
     cluster = subgroup.cluster
     return {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from selection import cluster, stream
-from selection.cluster import assign, cluster_groups, spherical_kmeans
+from selection.cluster import cluster_groups, nearest, spherical_kmeans
 from selection.store import Column, StoreReader, StoreWriter
 
 
@@ -77,7 +77,7 @@ def test_fewer_vectors_than_clusters():
     assert len(spherical_kmeans(vectors, 10)) == 4
 
 
-def test_assign_follows_groups_ties_and_missing_values():
+def test_nearest_follows_groups_ties_and_missing_values():
     centroids = np.eye(4, dtype=np.float32)
     vectors = np.array(
         [[9, 1, 0, 5], [1, 2, 99, 0], [3, 3, 0, 0], [1, 1, 1, 1], [np.nan, 1, 0, 0], [1, 0, 0, 0]],
@@ -85,7 +85,7 @@ def test_assign_follows_groups_ties_and_missing_values():
     )
     groups = np.array([1, 0, 0, -1, 0, 2])
     owner = np.array([0, 0, 1, 1])
-    labels = assign([(slice(0, 6), torch.from_numpy(vectors))], centroids, groups, owner)
+    labels = nearest(torch.from_numpy(vectors), centroids, groups, owner)
     assert labels.tolist() == [3, 1, 0, -1, -1, -1]
 
 
@@ -142,7 +142,7 @@ def test_same_bits_for_one_and_two_threads():
         torch.set_num_threads(threads)
         faiss.omp_set_num_threads(threads)
         centroids = spherical_kmeans(sample, 30, 10, seed=3)
-        labels = assign([(slice(0, 2000), torch.from_numpy(sample))], centroids, zeros, zeros[:30])
+        labels = nearest(torch.from_numpy(sample), centroids, zeros, zeros[:30])
         found.add(centroids.tobytes() + labels.tobytes())
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)

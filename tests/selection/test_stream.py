@@ -1,4 +1,6 @@
-"""Chunks of stored vectors: the same numbers, and the same bits, whatever the block size."""
+"""Streaming of stored vectors: the same numbers, and the same bits, whatever the block size."""
+
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +11,10 @@ from selection import stream
 from selection.store import Column, StoreReader, StoreWriter
 
 N, H = 23, 6
+
+
+def copied(_, vectors):
+    return vectors.clone()
 
 
 def make_store(folder, arrays, block_size):
@@ -33,23 +39,21 @@ def arrays():
 @pytest.mark.parametrize("block_size", [1, 4, 7, N, 100])
 @pytest.mark.parametrize("size", [1, 5, N, 64])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_chunks_are_the_columns_side_by_side(tmp_path, arrays, block_size, size, normalize):
+def test_vectors_are_the_columns_side_by_side(tmp_path, arrays, block_size, size, normalize):
     parts = [a.astype(np.float64) for a in arrays.values()]
     if normalize:
         parts = [p / np.linalg.norm(p, axis=1, keepdims=True) for p in parts]
     reader = make_store(tmp_path, arrays, block_size)
-    seen = [
-        (part, v.clone()) for part, v in stream.chunks(reader, list(arrays), normalize, size=size)
-    ]
+    seen = list(stream.apply(reader, list(arrays), copied, normalize, size=size))
     assert {len(v) for _, v in seen[:-1]} <= {min(size, N)}  # only the last chunk may be short
     assert [i for part, _ in seen for i in range(part.start, part.stop)] == list(range(N))
     whole = torch.cat([v for _, v in seen]).numpy()
     np.testing.assert_allclose(whole, np.hstack(parts), rtol=1e-6)
 
 
-def test_take_gives_the_same_rows_as_chunks(tmp_path, arrays):
+def test_take_gives_the_same_rows_as_apply(tmp_path, arrays):
     reader = make_store(tmp_path, arrays, 4)
-    whole = torch.cat([v.clone() for _, v in stream.chunks(reader, list(arrays), True)])
+    whole = torch.cat([v for _, v in stream.apply(reader, list(arrays), copied, True)])
     positions = np.array([22, 0, 7, 7])
     assert torch.equal(stream.take(reader, list(arrays), positions, True), whole[positions])
 
@@ -64,8 +68,7 @@ def test_a_zero_row_stays_zero_and_a_nan_row_stays_its_own():
 
 def test_stored_files_are_never_written_to(tmp_path, arrays):
     reader = make_store(tmp_path, arrays, 8)
-    for _, vectors in stream.chunks(reader, ["right"], normalize_parts=True):
-        vectors.zero_()
+    list(stream.apply(reader, ["right"], lambda _, vectors: vectors.zero_(), normalize_parts=True))
     np.testing.assert_array_equal(StoreReader.open(reader.folder).column("right"), arrays["right"])
 
 
@@ -77,12 +80,39 @@ def test_a_damaged_block_stops_the_stream(tmp_path, arrays):
     path.write_bytes(data)
     seen = []
     with pytest.raises(StorageError, match="block-000001"):
-        for part, _ in stream.chunks(reader, list(arrays), size=8):
+        for part, _ in stream.apply(reader, list(arrays), copied, size=8):
             seen.append(part)
-    assert seen == [slice(0, 8)]
+    assert slice(8, 16) not in seen
 
 
 def test_a_stream_may_be_left_early(tmp_path, arrays):
     reader = make_store(tmp_path, arrays, 2)
-    first = next(stream.chunks(reader, ["left"], size=3))
-    assert first[0] == slice(0, 3)
+    part, first = next(stream.apply(reader, ["left"], copied, size=3))
+    assert part == slice(0, 3) and len(first) == 3
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_order_bits_and_number_of_threads_stay_as_they_are(tmp_path, threads):
+    vectors = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
+    reader = make_store(tmp_path, {"v": vectors}, 50)
+    slow_start = {0: 0.2}  # the first chunk is done last, and still comes first
+
+    def product(part, chunk):
+        time.sleep(slow_start.get(part.start, 0))
+        return (chunk @ torch.from_numpy(vectors[0])).numpy()
+
+    torch.set_num_threads(threads)
+    try:
+        found = list(stream.apply(reader, ["v"], product, size=16))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+    assert [part.start for part, _ in found] == list(range(0, 300, 16))
+    alone = [(torch.from_numpy(vectors[part]) @ torch.from_numpy(vectors[0])) for part, _ in found]
+    assert all(torch.equal(torch.from_numpy(a), b) for (_, a), b in zip(found, alone, strict=True))
+
+
+def test_an_error_in_the_function_reaches_the_caller(tmp_path, arrays):
+    reader = make_store(tmp_path, arrays, 8)
+    with pytest.raises(ZeroDivisionError):
+        list(stream.apply(reader, ["left"], lambda part, vectors: 1 // (part.start - 8), size=8))
