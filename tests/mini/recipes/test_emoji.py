@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from mini.recipes.emoji import Names, emoji_cap, emoji_mcq, emoji_vqa, emoji_yn
 from mini.render import open_png
 from mini.samples import FRAMES, Gallery
 from mini.settings import PoolSettings
+from mini.world import World
 
 RECIPES = (emoji_cap, emoji_vqa, emoji_yn, emoji_mcq)
 
@@ -91,6 +93,16 @@ def test_chinese_share(small_world):
 
 
 def test_wrong_names_neither_contain_nor_are_contained(small_world):
+    called = ("cat", "cat face", "dog", "black cat", "big dog", "owl")
+    cats = [replace(e, en=n) for e, n in zip(small_world.concepts.emoji[20:], called, strict=False)]
+    world = World(replace(small_world.concepts, emoji=tuple(cats)))
+    for gold in (cats[0], cats[1]):
+        drawn = {Names(world).wrong(gold, 1, False, random.Random(i))[0].en for i in range(60)}
+        allowed = {e.en for e in cats if e.group != gold.group} & {"dog", "big dog", "owl"}
+        assert drawn == allowed | ({"black cat"} if gold.en == "cat face" else set())
+
+
+def test_wrong_names_come_from_where_they_should(small_world):
     names, rng = Names(small_world), random.Random(0)
     for gold in small_world.concepts.emoji[20:30]:
         hard = names.wrong(gold, 3, True, rng)
