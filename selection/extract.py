@@ -139,6 +139,8 @@ class Samples(Dataset):
         self.extra_roots = tuple(extra_roots)
 
     def __getitem__(self, row: int) -> Item | Unusable:
+        if row in self.pool.bad:
+            return Unusable(self.pool.bad[row])
         try:
             record = self.pool.record(row)
             has_image = bool(self.pool.has_image[row])

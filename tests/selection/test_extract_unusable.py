@@ -95,7 +95,7 @@ def test_memory_errors_are_recognised():
 
 @pytest.fixture
 def damaged(world, tmp_path):
-    """The world with six samples spoilt, each in its own way: reasons by row."""
+    """The world with eight samples spoilt, each in its own way: reasons by row."""
     records = json.loads(world.pool_path.read_text())
     images = tmp_path / "images"
     images.mkdir()
@@ -108,6 +108,7 @@ def damaged(world, tmp_path):
     records[5]["conversations"][0]["value"] = "red " * 300 + "<image>"
     records[6]["conversations"] = records[6]["conversations"][:1]
     records[7]["image"] = "../model/config.json"
+    records[8]["image"] = ["8.png"]
     path = tmp_path / "pool.json"
     path.write_text(json.dumps(records))
     reasons = {
@@ -118,6 +119,7 @@ def damaged(world, tmp_path):
         5: "no answer token|image ends",
         6: "no answer token",
         7: "leaves the image folder",
+        8: "$.image",
     }
     return World(world.model, path, images), reasons
 
@@ -138,7 +140,7 @@ def test_unusable_samples_are_listed_and_harm_no_other(damaged, reference, tmp_p
 
 
 def test_too_many_unusable_samples_stop_the_run(damaged, tmp_path):
-    """Seven of 40 are bad; the run stops, says which, and a larger limit does not compute again."""
+    """Eight of 40 are bad; the run stops, says which, and a larger limit does not compute again."""
     world, reasons = damaged
     with pytest.raises(DataError) as caught:
         world.extract(tmp_path / "store", max_bad=0.05, block_size=6)
@@ -146,7 +148,7 @@ def test_too_many_unusable_samples_stop_the_run(damaged, tmp_path):
     assert "row 1:" in str(caught.value) and "--max-bad" in str(caught.value)
     world.extract(tmp_path / "store", max_bad=0.2)
     assert len(world.extract(tmp_path / "store", Forbidden(), max_bad=0.2).bad) == len(reasons)
-    with pytest.raises(DataError, match="7 samples cannot be scored, 2 may"):
+    with pytest.raises(DataError, match="8 samples cannot be scored, 2 may"):
         world.extract(tmp_path / "store", Forbidden(), max_bad=0.05)
 
 
