@@ -9,6 +9,9 @@ from llava.errors import UsageError, run_main
 
 VERBS = {  # verb -> (module with a `main(args)`, what it does)
     "build": ("mini.build", "make the pool and the evaluation sets"),
+    "warmup": ("mini.warmup", "train the proxy on 5 % of the pool, and measure it"),
+    "report": ("mini.report", "what a selection took and left, by the pool's oracle labels"),
+    "base": ("mini.base", "make the base weights that ship with the project (an hour)"),
     "fixture": ("mini.fixture_set", "make mini/fixture/ again (for maintainers)"),
 }
 

@@ -1,0 +1,58 @@
+"""The oracle report against slow counts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from mini.report import Share, oracle_shares, random_rows
+from selection.pool import Pool
+
+
+def write(folder, n=60):
+    labels = [
+        {
+            "noisy": int(i % 7 == 0),
+            "dup": int(i % 11 == 0),
+            "biased": ("", "yes", "position+colour")[i % 3],
+        }
+        for i in range(n)
+    ]
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    records = [{"id": i, "conversations": turns, "meta": meta} for i, meta in enumerate(labels)]
+    path = folder / "pool.json"
+    path.write_text(json.dumps(records))
+    return path, labels
+
+
+def test_shares_are_counts(tmp_path):
+    path, labels = write(tmp_path)
+    pool, rows = Pool.open(path), np.arange(0, 60, 4)
+    drawn = random_rows(pool, len(rows), seed=0)
+    shares = {share.label.strip(): share for share in oracle_shares(pool, rows, drawn)}
+
+    def count(has, part):
+        return sum(bool(has(labels[row])) for row in part)
+
+    rules = {
+        "any bias": lambda m: m["biased"],
+        "yes": lambda m: "yes" in m["biased"],
+        "colour": lambda m: "colour" in m["biased"],
+        "position": lambda m: "position" in m["biased"],
+        "noisy": lambda m: m["noisy"],
+        "duplicate": lambda m: m["dup"],
+    }
+    assert set(shares) == set(rules)
+    for name, has in rules.items():
+        found = shares[name]
+        counts = [count(has, part) for part in (range(60), rows, drawn)]
+        assert found == Share(found.label, *counts)
+
+
+def test_random_rows_depend_on_the_seed_alone(tmp_path):
+    pool = Pool.open(write(tmp_path)[0])
+    first = random_rows(pool, 20, seed=0)
+    assert len(set(first.tolist())) == 20
+    assert (first == random_rows(pool, 20, seed=0)).all()
+    assert (first != random_rows(pool, 20, seed=1)).any()
