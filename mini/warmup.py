@@ -47,7 +47,7 @@ class WarmupSettings:
     """seed of the draw and of the training order"""
     epochs: float = 1.0
     """passes over the drawn samples"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     """peak; cosine decay after 3 % warm-up, as in LLaVA"""
     batch_size: int = 16
     """samples a step"""
