@@ -56,16 +56,17 @@ def spherical_kmeans(sample: np.ndarray, k: int, n_iter: int = 20, seed: int = 0
 
 
 def nearest(
-    vectors: torch.Tensor, centroids: np.ndarray, groups: np.ndarray, owner: np.ndarray
+    parts: stream.Parts, centroids: np.ndarray, groups: np.ndarray, owner: np.ndarray
 ) -> np.ndarray:
     """Nearest centroid by cosine among those of the row's own group, (n,) int64.
 
-    `vectors` (n, D) and `centroids` (M, D) float32; `groups` (n,) gives the group of every row, -1
-    for rows to leave out, `owner` (M,) that of every centroid. Ties go to the first centroid. Rows
-    left out, rows with a value that is not finite and rows whose group has no centroid get -1.
+    `parts` make up vectors (n, D), `centroids` are (M, D) float32; `groups` (n,) gives the group
+    of every row, -1 for rows to leave out, `owner` (M,) that of every centroid. Ties go to the
+    first centroid. Rows left out, rows with a value that is not finite and rows whose group has no
+    centroid get -1.
     """
     # The length of a row scales all its products alike: no need to divide by it.
-    products = (vectors @ torch.from_numpy(centroids).T).numpy()  # (n, M)
+    products = stream.products(parts, torch.from_numpy(centroids).T).numpy()  # (n, M)
     open_to = groups[:, None] == owner[None, :]
     best = np.where(open_to, products, -np.inf).argmax(axis=1)
     usable = open_to.any(axis=1) & np.isfinite(products).all(axis=1)
@@ -102,8 +103,8 @@ def cluster_groups(
         return Clusters(labels, np.zeros((0, width), np.float32), np.zeros(0, np.int64))
     matrix, owner = np.concatenate(centroids), np.asarray(owner, np.int64)
 
-    def label(part: slice, vectors: torch.Tensor) -> np.ndarray:
-        return nearest(vectors, matrix, groups[part], owner)
+    def label(part: slice, parts: stream.Parts) -> np.ndarray:
+        return nearest(parts, matrix, groups[part], owner)
 
     for part, found in stream.apply(reader, names, label, normalize_parts):
         labels[part] = found

@@ -7,6 +7,7 @@ order, and gives the same bits, for any block size and any number of threads.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections import deque
@@ -21,50 +22,52 @@ if TYPE_CHECKING:
     from selection.store import StoreReader
 
 CHUNK = 128  # 128 x 8192 float32 are 4 MiB: stays in cache between conversion and products
+TASK = 8  # chunks that a thread takes at a time
+Parts = Sequence[torch.Tensor]  # vectors (n, D) by column of the store: (n, H) each, float32
 Result = TypeVar("Result")
 
 
 def apply(
     reader: StoreReader,
     names: Sequence[str],
-    function: Callable[[slice, torch.Tensor], Result],
+    function: Callable[[slice, Parts], Result],
     normalize_parts: bool = False,
     size: int = CHUNK,
 ) -> Iterator[tuple[slice, Result]]:
-    """Stream `(slice of store rows, function(slice, vectors))`, in order.
+    """Stream `(slice of store rows, function(slice, parts))`, in order.
 
-    `vectors` (n, D) float32 are the columns `names` side by side; with `normalize_parts` each is
-    L2-normalised on its own first. They are overwritten when `function` returns, so its result
-    must not refer to them. Chunks are worked on beside one another, on as many threads as PyTorch
-    has, while the next block is read and checked.
+    `parts` are the columns `names` of these rows; with `normalize_parts` each is L2-normalised.
+    They are overwritten when `function` returns, so its result must not refer to them. Chunks are
+    worked on beside one another, on as many threads as PyTorch has, while the next block is read
+    and checked.
     """
-    n, threads = len(reader), torch.get_num_threads()
-    local = threading.local()
+    threads, local = torch.get_num_threads(), threading.local()
 
-    def work(part: slice, pieces: list[list[torch.Tensor]]) -> Result:
-        if not hasattr(local, "buffer"):
-            local.buffer = torch.empty(min(size, n), _width(reader, names))
-        vectors = local.buffer[: part.stop - part.start]
-        filled = 0
-        parts = _parts(vectors, reader, names)
-        for piece in pieces:
-            for target, column in zip(parts, piece, strict=True):
-                target[filled : filled + len(column)] = column
-            filled += len(piece[0])
-        return function(part, _finish(vectors, parts, normalize_parts))
+    def work(task: list[tuple[slice, list[Parts]]]) -> list[tuple[slice, Result]]:
+        if not hasattr(local, "buffers"):
+            widths = [reader.columns[name].shape[0] for name in names]
+            local.buffers = [torch.empty(min(size, len(reader)), width) for width in widths]
+        done = []
+        for part, pieces in task:
+            vectors = [buffer[: part.stop - part.start] for buffer in local.buffers]
+            _fill(vectors, pieces)
+            if normalize_parts:
+                for column in vectors:
+                    column /= _safe(norms([column]))[:, None]
+            done.append((part, function(part, vectors)))
+        return done
 
     # Splitting each of these small operations over threads costs more in waiting for one another
     # than it gains, and many times that on a machine that is busy.
     coming: deque = deque()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         try:
-            for part, pieces in _pieces(reader, names, size):
-                coming.append((part, executor.submit(work, part, pieces)))
+            for task in _tasks(_pieces(reader, names, size)):
+                coming.append(executor.submit(work, task))
                 if len(coming) > 2 * threads:
-                    done, future = coming.popleft()
-                    yield done, future.result()
-            for done, future in coming:
-                yield done, future.result()
+                    yield from coming.popleft().result()
+            for future in coming:
+                yield from future.result()
         finally:
             torch.set_num_threads(threads)  # the workers' number is also that of later threads
 
@@ -76,37 +79,59 @@ def take(
     normalize_parts: bool = False,
 ) -> torch.Tensor:
     """The vectors at store rows `positions` (k,), in that order, (k, D) float32."""
-    out = torch.empty(len(positions), _width(reader, names))
-    parts = _parts(out, reader, names)
-    for name, part in zip(names, parts, strict=True):
-        part.copy_(_tensor(reader.take(name, positions)))
-    return _finish(out, parts, normalize_parts)
+    parts = [_tensor(reader.take(name, positions)).float() for name in names]
+    return torch.cat([unit(part) for part in parts] if normalize_parts else parts, dim=1)
 
 
-def norms(vectors: torch.Tensor) -> torch.Tensor:
-    """L2 norm of every row of `vectors` (n, D), (n,) float32."""
-    return torch.linalg.vector_norm(vectors, dim=1)
+def norms(parts: Parts) -> torch.Tensor:
+    """L2 norm of every row, (n,) float32."""
+    found = [torch.linalg.vector_norm(part, dim=1) for part in parts]
+    return found[0] if len(found) == 1 else torch.stack(found).square_().sum(dim=0).sqrt_()
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:
     """Rows of `vectors` (n, D) divided by their norm; a zero row stays zero."""
-    return vectors / norms(vectors).clamp_min(1e-30)[:, None]
+    return vectors / _safe(norms([vectors]))[:, None]
 
 
-def cosines(vectors: torch.Tensor, columns: torch.Tensor) -> np.ndarray:
-    """Products of `vectors` (n, D) over their length with `columns` (D,) or (D, C), float64.
+def products(parts: Parts, columns: torch.Tensor) -> torch.Tensor:
+    """Products of every row with `columns` (D,) or (D, C) float32, (n,) or (n, C) float32."""
+    slices = columns.split([part.shape[1] for part in parts])
+    return sum(part @ mine for part, mine in zip(parts, slices, strict=True))
+
+
+def cosines(parts: Parts, columns: torch.Tensor) -> np.ndarray:
+    """Products of every row, divided by its length, with `columns` (D,) or (D, C), float64.
 
     Cosines when the columns have length one. NaN for a row that is zero or not finite.
     """
-    lengths = norms(vectors).double()
-    lengths[~lengths.isfinite()] = torch.nan
-    products = (vectors @ columns).double()
-    return (products / (lengths if products.ndim == 1 else lengths[:, None])).numpy()
+    lengths = norms(parts).numpy().astype(np.float64)
+    lengths[~np.isfinite(lengths) | (lengths == 0)] = np.nan
+    found = products(parts, columns).numpy()
+    return found / (lengths if found.ndim == 1 else lengths[:, None])
+
+
+def _safe(lengths: torch.Tensor) -> torch.Tensor:
+    return lengths.clamp_min(1e-30)
+
+
+def _fill(vectors: Parts, pieces: list[Parts]) -> None:
+    """Convert the pieces of a chunk into its rows of the buffers, one after the other."""
+    filled = 0
+    for piece in pieces:
+        for target, column in zip(vectors, piece, strict=True):
+            target[filled : filled + len(column)] = column
+        filled += len(piece[0])
+
+
+def _tasks(chunks: Iterator[Result]) -> Iterator[list[Result]]:
+    while task := list(itertools.islice(chunks, TASK)):
+        yield task
 
 
 def _pieces(
     reader: StoreReader, names: Sequence[str], size: int
-) -> Iterator[tuple[slice, list[list[torch.Tensor]]]]:
+) -> Iterator[tuple[slice, list[Parts]]]:
     """Each chunk's rows, and the parts of blocks that it is made of, one tensor per column."""
     pieces, start, stop = [], 0, 0
     for _, arrays in reader.blocks(list(names)):
@@ -119,23 +144,6 @@ def _pieces(
             if stop - start == size or stop == len(reader):
                 yield slice(start, stop), pieces
                 pieces, start = [], stop
-
-
-def _width(reader: StoreReader, names: Sequence[str]) -> int:
-    return sum(reader.columns[name].shape[0] for name in names)
-
-
-def _parts(whole: torch.Tensor, reader: StoreReader, names: Sequence[str]) -> list[torch.Tensor]:
-    return list(whole.split([reader.columns[name].shape[0] for name in names], dim=1))
-
-
-def _finish(
-    vectors: torch.Tensor, parts: Sequence[torch.Tensor], normalize_parts: bool
-) -> torch.Tensor:
-    if normalize_parts:
-        for part in parts:
-            part /= norms(part).clamp_min(1e-30)[:, None]
-    return vectors
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

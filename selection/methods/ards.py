@@ -169,8 +169,8 @@ def score_store(
     matrix = direction(members, weights) if linear else torch.cat(list(members)).T.contiguous()
     starts = np.cumsum([0, *(len(vectors) for vectors in members[:-1])])
 
-    def score(_: slice, vectors: torch.Tensor) -> np.ndarray:
-        found = stream.cosines(vectors, matrix)
+    def score(_: slice, parts: stream.Parts) -> np.ndarray:
+        found = stream.cosines(parts, matrix)
         if linear:
             return found
         found = similarity(found, starts, settings.similarity)

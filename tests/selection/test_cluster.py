@@ -85,7 +85,7 @@ def test_nearest_follows_groups_ties_and_missing_values():
     )
     groups = np.array([1, 0, 0, -1, 0, 2])
     owner = np.array([0, 0, 1, 1])
-    labels = nearest(torch.from_numpy(vectors), centroids, groups, owner)
+    labels = nearest([torch.from_numpy(vectors)], centroids, groups, owner)
     assert labels.tolist() == [3, 1, 0, -1, -1, -1]
 
 
@@ -142,7 +142,7 @@ def test_same_bits_for_one_and_two_threads():
         torch.set_num_threads(threads)
         faiss.omp_set_num_threads(threads)
         centroids = spherical_kmeans(sample, 30, 10, seed=3)
-        labels = nearest(torch.from_numpy(sample), centroids, zeros, zeros[:30])
+        labels = nearest([torch.from_numpy(sample)], centroids, zeros, zeros[:30])
         found.add(centroids.tobytes() + labels.tobytes())
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)

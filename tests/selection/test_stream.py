@@ -13,8 +13,8 @@ from selection.store import Column, StoreReader, StoreWriter
 N, H = 23, 6
 
 
-def copied(_, vectors):
-    return vectors.clone()
+def copied(_, parts):
+    return torch.cat(list(parts), dim=1)
 
 
 def make_store(folder, arrays, block_size):
@@ -68,7 +68,7 @@ def test_a_zero_row_stays_zero_and_a_nan_row_stays_its_own():
 
 def test_stored_files_are_never_written_to(tmp_path, arrays):
     reader = make_store(tmp_path, arrays, 8)
-    list(stream.apply(reader, ["right"], lambda _, vectors: vectors.zero_(), normalize_parts=True))
+    list(stream.apply(reader, ["right"], lambda _, parts: parts[0].zero_(), normalize_parts=True))
     np.testing.assert_array_equal(StoreReader.open(reader.folder).column("right"), arrays["right"])
 
 
@@ -97,9 +97,9 @@ def test_order_bits_and_number_of_threads_stay_as_they_are(tmp_path, threads):
     reader = make_store(tmp_path, {"v": vectors}, 50)
     slow_start = {0: 0.2}  # the first chunk is done last, and still comes first
 
-    def product(part, chunk):
+    def product(part, parts):
         time.sleep(slow_start.get(part.start, 0))
-        return (chunk @ torch.from_numpy(vectors[0])).numpy()
+        return (parts[0] @ torch.from_numpy(vectors[0])).numpy()
 
     torch.set_num_threads(threads)
     try:
@@ -115,4 +115,23 @@ def test_order_bits_and_number_of_threads_stay_as_they_are(tmp_path, threads):
 def test_an_error_in_the_function_reaches_the_caller(tmp_path, arrays):
     reader = make_store(tmp_path, arrays, 8)
     with pytest.raises(ZeroDivisionError):
-        list(stream.apply(reader, ["left"], lambda part, vectors: 1 // (part.start - 8), size=8))
+        list(stream.apply(reader, ["left"], lambda part, parts: 1 // (part.start - 8), size=8))
+
+
+@pytest.mark.parametrize("shape", [(18,), (18, 5)])
+def test_products_and_cosines_do_not_depend_on_the_split_into_columns(arrays, shape):
+    columns = torch.from_numpy(np.random.default_rng(1).normal(size=shape)).float()
+    parts = [torch.from_numpy(a).float() for a in arrays.values()]
+    whole = torch.cat(parts, dim=1)
+    torch.testing.assert_close(stream.products(parts, columns), whole @ columns)
+    torch.testing.assert_close(stream.norms(parts), whole.norm(dim=1))
+    unit_rows = whole.double() / whole.double().norm(dim=1, keepdim=True)
+    exact = unit_rows @ columns.double()
+    np.testing.assert_allclose(stream.cosines(parts, columns), exact, atol=1e-6)
+
+
+def test_cosines_of_rows_without_a_direction_are_nan():
+    vectors = torch.tensor([[0.0, 0.0], [3.0, 4.0], [float("nan"), 1.0], [float("inf"), 1.0]])
+    found = stream.cosines([vectors], torch.tensor([1.0, 0.0]))
+    np.testing.assert_array_equal(np.isnan(found), [True, False, True, True])
+    assert found[1] == pytest.approx(0.6)

@@ -363,6 +363,6 @@ def test_cosines_are_the_same_bits_for_one_and_two_threads(columns):
     found = set()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.add(stream.cosines(chunk, columns).tobytes())
+        found.add(stream.cosines([chunk], columns).tobytes())
     torch.set_num_threads(1)
     assert len(found) == 1
