@@ -1,8 +1,7 @@
-"""The base language model, and the projector that lands pictures among its words.
+"""The base language model: wired heads, words with their vectors, and a trained last layer.
 
-Two stages share one loop. First text alone, where soft descriptions stand for pictures; then the
-same lessons with the features of real drawings. The frozen vision tower runs only once, over a few
-views of each drawing, so a step costs what a step of the language model costs.
+The frozen vision tower runs only once, over a few views of each drawing, so a step costs what a
+step of the language model costs.
 """
 
 from __future__ import annotations
