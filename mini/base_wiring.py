@@ -1,12 +1,13 @@
-"""Initial weights with the four attention heads that multiple choice needs; training refines them.
+"""Initial weights with the six attention heads that multiple choice needs; they stay as laid down.
 
-From random weights a language model of this size is still at chance on multiple choice after
-thousands of steps, since nothing rewards half of the circuit that finds the option seen before and
-names its symbol. Here the circuit is laid down at the start (hidden size 192, heads of 64):
+From random weights a language model of this size was still at chance on multiple choice after 900
+steps, since nothing rewards half of the circuit that finds the option seen before and names its
+symbol. Here the circuit is laid down at the start (hidden size 192, heads of 64):
 
-  layer 0  the previous token's word; the nearest option symbol before
-  layer 1  induction: whether this word has appeared earlier (BOS takes the rest of the attention)
-  layer 2  the symbol of the option whose word has appeared earlier
+  layer 0  the previous token's word; the nearest option symbol before; the mean of the picture
+  layer 1  whether this word has appeared earlier (BOS takes the rest of the attention), and whether
+           it is what the picture shows
+  layer 2  the symbol of the option whose word has appeared earlier or is shown
 """
 
 from __future__ import annotations
