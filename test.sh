@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source scripts/setup.sh
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$PYTHON" -m pytest -n "${WORKERS:-$(nproc)}" --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n "${WORKERS:-$(getconf _NPROCESSORS_ONLN)}" --dist loadfile "$@"
