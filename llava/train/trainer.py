@@ -9,7 +9,8 @@ positions only. A step whose loss or gradient is not finite stops the run before
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import transformers
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from llava.data import Collator, ConversationDataset, ModalityLengthSampler
@@ -92,6 +94,30 @@ def supervised_loss(
     chosen = supervised[:, keep]
     loss = F.cross_entropy(logits[chosen].float(), labels[:, keep][chosen], reduction="sum")
     return loss / n_tokens
+
+
+@contextmanager
+def seen_beside(model: torch.nn.Module, pixel_values: torch.Tensor) -> Iterator[None]:
+    """Inside, `model` also looks at a picture (1, 3, H, W) that changes no result (P19).
+
+    Tower and projector run where they do for a batch with images, between embedding and language
+    model, and are part of the gradient's graph there. ZeRO-3 needs that: it gathers weights module
+    by module, so every process must come to the modules in one order, forwards and backwards.
+    """
+    llava = next(module for module in model.modules() if isinstance(module, LlavaModel))
+
+    def look(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        features = llava.get_image_features(pixel_values, return_dict=True).pooler_output
+        embedded = kwargs["inputs_embeds"]
+        nothing = 0.0 * torch.cat(list(features)).sum().to(embedded.dtype)
+        return args, {**kwargs, "inputs_embeds": embedded + nothing}
+
+    # First of all hooks: ZeRO-3's own announces the language model's turn.
+    hook = llava.language_model.register_forward_pre_hook(look, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class LlavaTrainer(transformers.Trainer):
@@ -192,18 +218,11 @@ class LlavaTrainer(transformers.Trainer):
         dummy = inputs.pop("pixel_values") if inputs.pop("dummy_image", False) else None
         # Devices average their gradients, but the loss is already divided by the tokens of all.
         world_size = self.args.world_size if self.args.average_tokens_across_devices else 1
-        loss = supervised_loss(model, inputs, num_items_in_batch) * world_size
-        if dummy is not None:
-            loss = loss + 0.0 * self._features(model, dummy).sum()
+        with nullcontext() if dummy is None else seen_beside(self.model, dummy):
+            loss = supervised_loss(model, inputs, num_items_in_batch) * world_size
         if not torch.isfinite(loss):
             raise NonFiniteError(self._not_finite(f"loss is {loss.item()}"))
         return loss
-
-    def _features(self, model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Projected features of the zero image: keeps tower and projector in every step (P19)."""
-        plain = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():
-            return torch.cat(list(plain.get_image_features(pixel_values).pooler_output))
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
