@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prepares the Python environment; every launcher calls it, running it twice costs a second.
-#   default        .venv in the clone, made from constraints.txt (about two minutes with a good connection)
+#   default        .venv in the clone, made from constraints.txt (about a minute with a good connection)
 #   PYTHON=...     use this interpreter and install into its environment only what is missing
 #   TORCH=...      another torch, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"
 # Source it: it exports PYTHON.
@@ -49,6 +49,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$(stamp_of)" ]; then
   fi
   # shellcheck disable=SC2086  # TORCH may carry pip options
   "$PYTHON" -m pip install -qq --disable-pip-version-check ${TORCH:-$(grep '^torch==' "$root/constraints.txt")} >&2
-  "$PYTHON" -m pip install -qq --disable-pip-version-check -c "$constraints" -e "$root[dev]" >&2
+  "$PYTHON" -m pip install -qq --disable-pip-version-check -c "$constraints" -e "${root}[dev,train]" >&2
   stamp_of >"$stamp" 2>/dev/null || true
 fi
