@@ -174,16 +174,22 @@ def _image_processor(
     return processor
 
 
-def save(loaded: Loaded, path: str | Path, dtype: torch.dtype | None = None) -> None:
+def save(
+    loaded: Loaded,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    state: State | None = None,
+) -> None:
     """Write `loaded` as a llava-hf directory that this module and transformers 4.57 and 5 load.
 
-    Weights go under the classic llava-hf names, as `dtype` unless that is None; `config.json`
-    comes last, so that a directory that was not finished is not taken for a model. Raises
-    StorageError.
+    Weights, those of `state` if the model holds only a share of them, go under the classic
+    llava-hf names, as `dtype` unless that is None; `config.json` comes last, so that a directory
+    that was not finished is not taken for a model. Raises StorageError.
     """
     folder = Path(path)
     model = loaded.model
-    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+    state = model.state_dict() if state is None else state
+    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
     if isinstance(model.config, LlavaConfig):
         state = {classic_name(name): tensor for name, tensor in state.items()}
         output = "language_model.lm_head.weight"

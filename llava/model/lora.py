@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -145,28 +145,38 @@ def _split(tensors: State) -> tuple[dict[tuple[str, str], torch.Tensor], State]:
         if match:
             factors[canonical_name(match[1] + ".weight"), match[2]] = tensor
         else:
-            replaced[canonical_name(bare)] = tensor
+            replaced[canonical_name(bare.replace(".base_layer.", "."))] = tensor
     return factors, replaced
 
 
-def save(model: PeftModel, folder: Path, base: str) -> None:
+def save(model: PeftModel, folder: Path, base: str, state: State | None = None) -> None:
     """Write adapter, its configuration and the other trained weights as LLaVA does.
 
-    `base` is recorded as the base model's name.
+    Args:
+        base: recorded as the base model's name.
+        state: what to write, under the names in `model`; None takes its trained weights.
     """
-    adapter = {
-        _original(name): tensor.detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    if state is None:
+        state = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adapter = {name: t for name, t in state.items() if _in_adapter(name, model)}
+    named = {
+        _original(name.replace(".default.", ".")): tensor.detach().cpu().contiguous()
+        for name, tensor in adapter.items()
     }
     with writing(folder / "adapter_model.safetensors") as temp:
-        save_file(adapter, temp, metadata={"format": "pt"})
-    others = {
-        name.removeprefix(_PREFIX): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and "lora_" not in name
-    }
+        save_file(named, temp, metadata={"format": "pt"})
+    others = {k.removeprefix(_PREFIX): t for k, t in state.items() if k not in adapter}
     save_projector(others, folder / NON_LORA, prefix=_PREFIX)
     write_json(folder / ADAPTER_CONFIG, _adapter_config(model, base))
+
+
+def _in_adapter(name: str, model: PeftModel) -> bool:
+    """PEFT keeps the low-rank factors, and biases of the language model if it trains any."""
+    return ".lora_" in name or (
+        model.peft_config["default"].bias != "none"
+        and name.endswith(".bias")
+        and PROJECTOR not in name
+    )
 
 
 def save_projector(state: State, path: Path, prefix: str = "") -> None:
