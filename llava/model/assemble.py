@@ -22,18 +22,23 @@ from transformers import (
 from llava.errors import UsageError
 from llava.tokens import load_tokenizer
 
+from .projector import (
+    DEFAULT_TYPE,
+    build_llava,
+    check_projector_size,
+    fresh_projector,
+    read_projector,
+    type_in,
+)
 from .weights import (
     LANGUAGE,
     PROJECTOR,
     TOWER,
     State,
-    build,
     canonical,
-    canonical_name,
     find_directory,
     make_config,
     read_json,
-    read_tensors,
     read_weights,
 )
 
@@ -58,6 +63,7 @@ def assemble(
     vision_tower_dir: str | Path,
     projector: str | Path | None = None,
     *,
+    projector_type: str | None = None,
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     feature_layer: int = -2,
@@ -70,6 +76,8 @@ def assemble(
         vision_tower_dir: a CLIPVisionModel or a full CLIPModel.
         projector: `mm_projector.bin` of LLaVA, or safetensors; None draws fresh weights, from
             `generator` or, if that is None, from seed 0.
+        projector_type: LLaVA's mm_projector_type, `linear` or `mlpNx_gelu`; None takes the one
+            in `projector`, or LLaVA-1.5's `mlp2x_gelu` for a fresh one.
         dtype: of all parameters; None keeps the language model's.
         feature_layer: index of the vision tower's hidden state that the projector reads.
         feature_strategy: "default" leaves the class token out, "full" keeps it.
@@ -81,15 +89,26 @@ def assemble(
     vision_config, vision_state = read_vision_tower(find_directory(vision_tower_dir))
     if projector is None:
         generator = generator or torch.Generator().manual_seed(0)
-        state = fresh_projector(vision_config.hidden_size, text_config.hidden_size, generator)
+        sizes = vision_config.hidden_size, text_config.hidden_size
+        state = fresh_projector(*sizes, generator, projector_type or DEFAULT_TYPE)
     else:
-        state = read_projector(Path(projector))
+        state = _stored_projector(Path(projector), projector_type)
         check_projector_size(state, vision_config, text_config, Path(projector))
     parts = Parts(text_config, text_state, vision_config, vision_state, state)
     vocab_size = load_tokenizer(language_model_dir).vocab_size
     config, full = combine(parts, vocab_size, feature_layer, feature_strategy)
     dtype = dtype or full[EMBEDDING].dtype
-    return build(LlavaForConditionalGeneration, config, full, dtype, language_model_dir)
+    return build_llava(config, full, dtype, language_model_dir)
+
+
+def _stored_projector(path: Path, wanted: str | None) -> State:
+    state = read_projector(path)
+    found = type_in(state, path)
+    if wanted not in (None, found):
+        raise UsageError(
+            f"{path}: a projector of type {found}, not {wanted}; pass --mm_projector_type {found}"
+        )
+    return state
 
 
 def read_language_model(folder: Path) -> tuple[PreTrainedConfig, State]:
@@ -120,56 +139,6 @@ def read_vision_tower(folder: Path) -> tuple[PreTrainedConfig, State]:
         if bare.startswith(("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")):
             state[f"vision_tower.{bare}"] = tensor
     return read_vision_config(folder), canonical(state)
-
-
-def read_projector(path: Path) -> State:
-    """The projector's weights: `mm_projector.bin` with any prefix, or safetensors.
-
-    Raises UsageError if it is not LLaVA-1.5's two linear layers (`mlp2x_gelu`).
-    """
-    state = {}
-    for name, tensor in read_tensors(path).items():
-        for marker in ("mm_projector.", "multi_modal_projector."):
-            if marker in name:
-                state[canonical_name(marker + name.split(marker, 1)[1])] = tensor
-                break
-    check_projector(state, path)
-    return state
-
-
-def check_projector(state: State, where: Path) -> None:
-    """Raise UsageError unless `state` holds LLaVA-1.5's two-layer projector."""
-    wanted = {f"{PROJECTOR}linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
-    found = {name for name in state if "projector" in name}
-    if found != wanted:
-        names = ", ".join(sorted(found)) or "none"
-        raise UsageError(
-            f"{where}: no two-layer projector (mm_projector_type mlp2x_gelu); its weights: {names}"
-        )
-
-
-def check_projector_size(
-    state: State, vision: PreTrainedConfig, text: PreTrainedConfig, where: Path
-) -> None:
-    """Raise UsageError unless the projector leads from the tower to the language model."""
-    found = tuple(state[f"{PROJECTOR}linear_1.weight"].shape)
-    if found != (text.hidden_size, vision.hidden_size):
-        raise UsageError(
-            f"{where}: projects {found[-1]} features to {found[0]}, but the vision tower gives "
-            f"{vision.hidden_size} and the language model takes {text.hidden_size}; it belongs "
-            "to another language model or vision tower"
-        )
-
-
-def fresh_projector(vision_size: int, text_size: int, generator: torch.Generator) -> State:
-    """Two linear layers drawn uniformly from +-1/sqrt(inputs), PyTorch's own initialisation."""
-    state = {}
-    for layer, inputs in (("linear_1", vision_size), ("linear_2", text_size)):
-        bound = inputs**-0.5
-        for kind, shape in (("weight", (text_size, inputs)), ("bias", (text_size,))):
-            drawn = torch.rand(shape, generator=generator)
-            state[f"{PROJECTOR}{layer}.{kind}"] = (2 * drawn - 1) * bound
-    return state
 
 
 def combine(

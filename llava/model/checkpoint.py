@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     PreTrainedModel,
 )
 
@@ -23,6 +22,7 @@ from llava.tokens import Tokenizer, load_tokenizer
 
 from . import lora
 from .assemble import EMBEDDING
+from .projector import build_llava
 from .sources import (
     DEFAULTS,
     PROJECTOR_FILE,
@@ -146,7 +146,7 @@ def count_image_tokens(config: LlavaConfig) -> int:
 
 def _build(source: Source, dtype: torch.dtype, where: Path) -> PreTrainedModel:
     if isinstance(source.config, LlavaConfig):
-        return build(LlavaForConditionalGeneration, source.config, source.state, dtype, where)
+        return build_llava(source.config, source.state, dtype, where)
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
     state = {name.replace(LANGUAGE, "model.", 1): t for name, t in source.state.items()}
     return build(cls, source.config, state, dtype, where)

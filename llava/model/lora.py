@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 
 from llava.errors import UsageError
 
+from .projector import with_projector
 from .weights import (
-    LANGUAGE,
     PROJECTOR,
     State,
     canonical_name,
+    original_name,
     read_json,
     read_tensors,
     write_json,
@@ -89,7 +90,8 @@ def apply(state: State, folder: Path) -> State:
         factors, others = _split(read_tensors(folder / NON_LORA))
         adapter.update(factors)
         replaced.update(others)
-    merged = {**state, **replaced}
+    projector = {k: v for k, v in replaced.items() if k.startswith(PROJECTOR)}
+    merged = {**(with_projector(state, projector) if projector else state), **replaced}
     for name in sorted({name for name, _ in adapter}):
         merged[name] = _merged(name, merged, adapter, scale, folder)
     return merged
@@ -191,9 +193,8 @@ def save_projector(state: State, path: Path, prefix: str = "") -> None:
 
 def _original(name: str) -> str:
     """LLaVA's name of a weight or adapter with Hugging Face's name."""
-    for layer, index in (("linear_1.", "0."), ("linear_2.", "2.")):
-        name = name.replace(PROJECTOR + layer, f"model.mm_projector.{index}")
-    return name.replace(LANGUAGE, "model.")
+    prefix = _PREFIX if name.startswith(_PREFIX) else ""
+    return prefix + original_name(name.removeprefix(prefix))
 
 
 def _adapter_config(model: PeftModel, base: str) -> dict[str, Any]:

@@ -31,15 +31,13 @@ from llava.tokens import load_tokenizer
 from . import lora
 from .assemble import (
     Parts,
-    check_projector,
-    check_projector_size,
     combine,
     read_language_model,
-    read_projector,
     read_vision_config,
     read_vision_tower,
     split,
 )
+from .projector import check_projector_size, read_projector, with_projector
 from .weights import (
     State,
     canonical,
@@ -165,7 +163,7 @@ def _read_on_base(folder: Path, kind: Kind, base: str | Path | None) -> Source:
     if kind is Kind.LLAVA_LORA:
         state = lora.apply(source.state, folder)
     else:
-        state = {**source.state, **read_projector(folder / PROJECTOR_FILE)}
+        state = with_projector(source.state, read_projector(folder / PROJECTOR_FILE))
     folders = [folder, *source.tokenizer_folders]
     if not isinstance(source.config, LlavaConfig) and "mm_vision_tower" in values:
         return _with_tower(folder, values, source.config, state, folders)
@@ -220,7 +218,6 @@ def _with_tower(
             f"as {folder.resolve().parent / Path(name).name}"
         ) from error
     text_state, tower, projector = split(state)
-    check_projector(projector, folder)
     if tower:  # a full fine-tuning writes the tower too
         vision_config = read_vision_config(tower_folder)
     else:

@@ -33,6 +33,12 @@ PROJECTOR = "model.multi_modal_projector."
 TOWER = "model.vision_tower."
 LANGUAGE = "model.language_model."
 
+
+def _linear(match: re.Match[str]) -> str:
+    """LLaVA counts the GELUs between the linear maps of its projector, Hugging Face does not."""
+    return f"{PROJECTOR}linear_{int(match[2]) // 2 + 1}."
+
+
 # From original LLaVA, classic llava-hf and both generations of transformers; first match wins.
 _RENAMES = [
     (re.compile(pattern), replacement)
@@ -41,8 +47,8 @@ _RENAMES = [
         (r"^language_model\.model\.", LANGUAGE),
         (r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", TOWER),
         (r"^(model\.)?multi_modal_projector\.", PROJECTOR),
-        (r"^(model\.)?mm_projector\.0\.", PROJECTOR + "linear_1."),
-        (r"^(model\.)?mm_projector\.2\.", PROJECTOR + "linear_2."),
+        (r"^(model\.)?mm_projector\.(\d*[02468])\.", _linear),
+        (r"^(model\.)?mm_projector\.(?=weight|bias)", PROJECTOR),
         (r"^model\.(?!language_model\.|mm_projector\.)", LANGUAGE),
     )
 ]
@@ -79,6 +85,17 @@ def classic_name(name: str) -> str:
         if name.startswith(new):
             return old + name.removeprefix(new)
     raise ValueError(f"{name}: not a weight of LLaVA")
+
+
+def original_name(name: str) -> str:
+    """The name in original LLaVA's files of a canonical name."""
+    if name.startswith(TOWER):
+        return "model.vision_tower.vision_tower.vision_model." + name.removeprefix(TOWER)
+    if name.startswith(PROJECTOR):
+        bare = name.removeprefix(PROJECTOR)
+        numbered = re.sub(r"^linear_(\d+)", lambda match: f"{2 * int(match[1]) - 2}", bare)
+        return "model.mm_projector." + numbered
+    return name.replace(LANGUAGE, "model.", 1)
 
 
 def find_directory(name: str | Path, beside: Path | None = None) -> Path:

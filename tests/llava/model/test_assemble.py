@@ -7,20 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from llava.errors import UsageError
-from llava.model.assemble import (
-    EMBEDDING,
-    OUTPUT,
-    assemble,
-    fresh_projector,
-    read_projector,
-    with_rows,
-)
-
-ORIGINAL = {"linear_1": "0", "linear_2": "2"}
+from llava.model.assemble import EMBEDDING, OUTPUT, assemble, with_rows
+from llava.model.projector import fresh_projector
 
 
 def forward_by_hand(parts: Path, projector: dict[str, torch.Tensor], ids, pixels, layer: int):
@@ -98,35 +89,6 @@ def test_tied_embeddings_stay_tied(parts, tmp_path, logits_of):
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert model.lm_head.weight.shape[0] == 384
     assert torch.isfinite(logits_of(model)).all()
-
-
-@pytest.mark.parametrize("prefix", ["", "model.", "base_model.model.model.", "module.model."])
-def test_reads_mm_projector_with_any_prefix(tmp_path, prefix):
-    state = fresh_projector(24, 32, torch.Generator().manual_seed(5))
-    named = {}
-    for name, tensor in state.items():
-        layer, kind = name.split(".")[-2:]
-        named[f"{prefix}mm_projector.{ORIGINAL[layer]}.{kind}"] = tensor
-    torch.save(named, tmp_path / "mm_projector.bin")
-    save_file(state, tmp_path / "projector.safetensors")
-    for name in ("mm_projector.bin", "projector.safetensors"):
-        read = read_projector(tmp_path / name)
-        assert read.keys() == state.keys()
-        assert all(torch.equal(read[key], state[key]) for key in state)
-
-
-def test_a_projector_of_another_size_or_kind_is_refused(parts, tmp_path):
-    path = tmp_path / "mm_projector.bin"
-    wide = fresh_projector(24, 48, torch.Generator())
-    torch.save({k.replace("multi_modal_projector", "m"): v for k, v in wide.items()}, path)
-    with pytest.raises(UsageError, match="no two-layer projector"):
-        assemble(parts / "lm", parts / "clip", path)
-    torch.save({"model.mm_projector.weight": torch.ones(32, 24)}, path)
-    with pytest.raises(UsageError, match="mlp2x_gelu"):
-        assemble(parts / "lm", parts / "clip", path)
-    save_file(wide, tmp_path / "wide.safetensors")
-    with pytest.raises(UsageError, match="wide.*24 features to 48.*gives 24.*takes 32"):
-        assemble(parts / "lm", parts / "clip", tmp_path / "wide.safetensors")
 
 
 def test_parts_in_the_wrong_place(parts):
