@@ -30,6 +30,9 @@ from llava.tokens import (
 MAX_CHARACTERS = 2_000_000  # of one conversation; about 250 times what LLaVA-1.5 can read
 
 
+Item = dict[str, torch.Tensor | None]  # of `ConversationDataset`
+
+
 class Turn(msgspec.Struct, rename={"from_": "from"}, gc=False):
     """One message, `from_` "human" or "gpt"."""
 
@@ -136,7 +139,7 @@ class ConversationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, row: int) -> dict[str, torch.Tensor | None]:
+    def __getitem__(self, row: int) -> Item:
         record = self.records[row]
         try:
             encoded = encode_conversation(
@@ -206,33 +209,37 @@ class Collator:
     model_max_length: int
     image_size: int | None
 
-    def __call__(self, items: Sequence[dict[str, torch.Tensor | None]]) -> dict[str, Any]:
-        encoded = [
-            expand_image(
-                Encoded(item["input_ids"], item["labels"]),
-                self.n_image_tokens,
-                self.image_token_id,
-                self.model_max_length,
-            )
-            for item in items
-        ]
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        encoded = [self.expand(item) for item in items]
         mask = [torch.ones_like(e.input_ids) for e in encoded]
-        batch: dict[str, Any] = {
-            "input_ids": _pad([e.input_ids for e in encoded], self.pad_id),
-            "labels": _pad([e.labels for e in encoded], IGNORE_INDEX),
-            "attention_mask": _pad(mask, 0),
+        return {
+            "input_ids": pad_rows([e.input_ids for e in encoded], self.pad_id),
+            "labels": pad_rows([e.labels for e in encoded], IGNORE_INDEX),
+            "attention_mask": pad_rows(mask, 0),
+            **self.pictures(items),
         }
+
+    def expand(self, item: Item) -> Encoded:
+        """Ids and labels of one item with its image expanded, cut at `model_max_length`."""
+        encoded = Encoded(item["input_ids"], item["labels"])
+        return expand_image(
+            encoded, self.n_image_tokens, self.image_token_id, self.model_max_length
+        )
+
+    def pictures(self, items: Sequence[Item]) -> dict[str, Any]:
+        """`pixel_values` of the items' images in order, or the zero image and `dummy_image`."""
         images = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
         if images:
-            batch["pixel_values"] = torch.stack(images)
-        elif self.image_size is not None:
-            batch["pixel_values"] = torch.zeros(1, 3, self.image_size, self.image_size)
-            batch["dummy_image"] = True
-        return batch
+            return {"pixel_values": torch.stack(images)}
+        if self.image_size is None:
+            return {}
+        zero = torch.zeros(1, 3, self.image_size, self.image_size)
+        return {"pixel_values": zero, "dummy_image": True}
 
 
-def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+def pad_rows(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+    """Rows of different length as one (B, L) tensor, filled up on the right with `value`."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
 class ModalityLengthSampler(Sampler[int]):
