@@ -20,7 +20,7 @@ case "${1:-}" in "" | -*) ;; *) method=("$1"); shift ;; esac
 small_world=1 report=1 out='' previous=''
 for argument in "$@"; do
   case "$argument" in
-    --pool | --pool=* | --config | --config=* | --help | -h | --print_config*) small_world= report= ;;&
+    --pool | --pool=* | --config | --config=* | --help | -h | --print_config*) small_world='' report='' ;;&
     --config | --config=*) if [ "${method[0]}" = ards ]; then method=(); fi ;; # the file names it
     --dry[-_]run*) report= ;;
     --out=*) out=${argument#--out=} ;;

@@ -10,6 +10,8 @@ from llava.errors import UsageError, run_main
 VERBS = {  # verb -> (module with a `main(args)`, what it does)
     "build": ("mini.build", "make the pool and the evaluation sets"),
     "warmup": ("mini.warmup", "train the proxy on 5 % of the pool, and measure it"),
+    "captions": ("mini.captions", "write the pool's captions, which the projector is aligned with"),
+    "score": ("mini.score", "accuracy of a checkpoint on the small multiple choice"),
     "report": ("mini.report", "what a selection took and left, by the pool's oracle labels"),
     "base": ("mini.base", "make the base weights that ship with the project (an hour)"),
     "fixture": ("mini.fixture_set", "make mini/fixture/ again (for maintainers)"),

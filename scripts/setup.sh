@@ -32,13 +32,11 @@ if [ -z "${PYTHON:-}" ]; then
       exit 2
     fi
   fi
-  stamp="$root/.venv/.setup"
 else
   PYTHON=$(command -v "$PYTHON" || { echo "setup: PYTHON=$PYTHON is not an interpreter" >&2; exit 2; })
-  prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
-  stamp="$prefix/.robust-selection-setup"
 fi
 export PYTHON
+stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/.robust-selection-setup
 
 if [ "$(cat "$stamp" 2>/dev/null)" != "$(stamp_of)" ]; then
   echo "setup: installing the pinned packages into $("$PYTHON" -c 'import sys; print(sys.prefix)')" >&2
