@@ -22,11 +22,12 @@ from transformers import (
 from llava.errors import UsageError
 from llava.tokens import load_tokenizer
 
+from .building import build
 from .projector import (
     DEFAULT_TYPE,
-    build_llava,
     check_projector_size,
     fresh_projector,
+    llava_class,
     read_projector,
     type_in,
 )
@@ -98,7 +99,8 @@ def assemble(
     vocab_size = load_tokenizer(language_model_dir).vocab_size
     config, full = combine(parts, vocab_size, feature_layer, feature_strategy)
     dtype = dtype or full[EMBEDDING].dtype
-    return build_llava(config, full, dtype, language_model_dir)
+    cls = llava_class(config, full, language_model_dir)
+    return build(cls, config, full, dtype, language_model_dir)
 
 
 def _stored_projector(path: Path, wanted: str | None) -> State:

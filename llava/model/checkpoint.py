@@ -1,4 +1,4 @@
-"""Load a LLaVA whatever wrote it (kinds: `sources.py`); save it so that everyone can load it."""
+"""Load a LLaVA whatever wrote it (kinds: `sources.py`); saving is `export.py`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from typing import Any
 
 import torch
 import xxhash
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    LlavaConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlavaConfig, PreTrainedModel
 
 from llava.errors import UsageError
 from llava.images import ImageProcessor
@@ -22,9 +16,12 @@ from llava.tokens import Tokenizer, load_tokenizer
 
 from . import lora
 from .assemble import EMBEDDING
-from .projector import build_llava
+from .building import build, skeleton
+from .export import save, write_settings
+from .projector import llava_class
 from .sources import (
     DEFAULTS,
+    PREPROCESSOR,
     PROJECTOR_FILE,
     SETTINGS_FILE,
     TOKENIZER_FILES,
@@ -34,21 +31,10 @@ from .sources import (
     read,
     tokenizer_folder,
 )
-from .weights import (
-    LANGUAGE,
-    State,
-    build,
-    classic_name,
-    find_directory,
-    read_json,
-    weight_files,
-    write_json,
-    writing,
-)
+from .weights import LANGUAGE, State, find_directory, read_json, weight_files
 
-__all__ = ["Kind", "Loaded", "fingerprint", "inspect", "load", "save"]
+__all__ = ["Kind", "Loaded", "fingerprint", "inspect", "load", "save", "write_settings"]
 
-_PREPROCESSOR = "preprocessor_config.json"
 # Of other vision-language models: how they spell a conversation, split text and count tiles.
 _OF_PROCESSORS = (
     "processor_config.json",
@@ -57,7 +43,6 @@ _OF_PROCESSORS = (
     "vocab.json",
     "merges.txt",
 )
-_SHARD_SIZE = "5GB"
 
 
 @dataclass
@@ -78,6 +63,8 @@ class Loaded:
     model_max_length: int
     """Positions after the image is expanded; longer samples are cut."""
     kind: Kind
+    vision_tower: str | None = None
+    """Directory or hub name of the tower that a LLaVA was made with, where it is known."""
     tokenizer_files: dict[str, bytes] = field(default_factory=dict, repr=False)
 
 
@@ -99,8 +86,28 @@ def load(
     folder = find_directory(path)
     kind = inspect(folder)
     source = read(folder, kind, base)
-    model = _build(source, dtype or source.state[EMBEDDING].dtype, folder).to(device)
-    return wrap(model, kind, source.tokenizer_folders, source.image_folders, source.settings)
+    cls, state = _class_and_state(source, folder)
+    dtype = dtype or source.state[EMBEDDING].dtype
+    model = build(cls, source.config, state, dtype, folder).to(device)
+    return _wrapped(model, kind, source)
+
+
+def outline(path: str | Path, base: str | Path | None = None) -> tuple[Loaded, Source]:
+    """What `load` would give, but with its model on the meta device, and where the weights are.
+
+    Files are mapped and only their names, types and shapes looked at. Raises as `load` does.
+    """
+    folder = find_directory(path)
+    kind = inspect(folder)
+    source = read(folder, kind, base)
+    cls, state = _class_and_state(source, folder, shapes_only=True)
+    return _wrapped(skeleton(cls, source.config, state, folder), kind, source), source
+
+
+def _wrapped(model: PreTrainedModel, kind: Kind, source: Source) -> Loaded:
+    loaded = wrap(model, kind, source.tokenizer_folders, source.image_folders, source.settings)
+    loaded.vision_tower = source.vision_tower
+    return loaded
 
 
 def wrap(
@@ -144,12 +151,17 @@ def count_image_tokens(config: LlavaConfig) -> int:
     return patches + (config.vision_feature_select_strategy == "full")
 
 
-def _build(source: Source, dtype: torch.dtype, where: Path) -> PreTrainedModel:
+def _class_and_state(
+    source: Source, where: Path, shapes_only: bool = False
+) -> tuple[type[PreTrainedModel], State]:
+    """The class, and the weights under its names; unmerged ones if only their shapes count."""
+    state = source.state
+    if isinstance(state, lora.Merged):
+        state = state.base if shapes_only else dict(state)
     if isinstance(source.config, LlavaConfig):
-        return build_llava(source.config, source.state, dtype, where)
+        return llava_class(source.config, state, where), state
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
-    state = {name.replace(LANGUAGE, "model.", 1): t for name, t in source.state.items()}
-    return build(cls, source.config, state, dtype, where)
+    return cls, {name.replace(LANGUAGE, "model.", 1): t for name, t in state.items()}
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:
@@ -160,110 +172,18 @@ def _read_files(folder: Path) -> dict[str, bytes]:
 def _image_processor(
     config: LlavaConfig, folders: list[Path], settings: dict[str, Any]
 ) -> ImageProcessor:
-    folder = next((f for f in folders if (f / _PREPROCESSOR).is_file()), None)
+    folder = next((f for f in folders if (f / PREPROCESSOR).is_file()), None)
     if folder is None:
         places = " or ".join(str(folder) for folder in folders)
-        raise UsageError(f"no {_PREPROCESSOR} in {places}; copy the vision tower's")
+        raise UsageError(f"no {PREPROCESSOR} in {places}; copy the vision tower's")
     processor = ImageProcessor.from_pretrained(folder, settings["image_aspect_ratio"])
     expected = config.vision_config.image_size
     if processor.size != expected:
         raise UsageError(
-            f"{folder / _PREPROCESSOR}: makes images of {processor.size} pixels, "
+            f"{folder / PREPROCESSOR}: makes images of {processor.size} pixels, "
             f"the vision tower takes {expected}"
         )
     return processor
-
-
-def save(
-    loaded: Loaded,
-    path: str | Path,
-    dtype: torch.dtype | None = None,
-    state: State | None = None,
-) -> None:
-    """Write `loaded` as a llava-hf directory that this module and transformers 4.57 and 5 load.
-
-    Weights, those of `state` if the model holds only a share of them, go under the classic
-    llava-hf names, as `dtype` unless that is None; `config.json` comes last, so that a directory
-    that was not finished is not taken for a model. Raises StorageError.
-    """
-    folder = Path(path)
-    model = loaded.model
-    state = model.state_dict() if state is None else state
-    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
-    if isinstance(model.config, LlavaConfig):
-        state = {classic_name(name): tensor for name, tensor in state.items()}
-        output = "language_model.lm_head.weight"
-    else:
-        output = "lm_head.weight"
-    if getattr(model.config, "tie_word_embeddings", False):
-        state.pop(output)  # the embedding, once more
-    write_state(state, folder)
-    for name, content in loaded.tokenizer_files.items():
-        with writing(folder / name) as temp:
-            temp.write_bytes(content)
-    if loaded.image_processor is not None:
-        write_json(folder / _PREPROCESSOR, _preprocessor(loaded.image_processor))
-    write_settings(loaded, folder)
-    write_json(folder / "generation_config.json", _generation(model))
-    write_json(folder / "config.json", _config(model, state))
-
-
-def write_settings(loaded: Loaded, folder: Path) -> None:
-    """Write llava.json: how samples are prepared for this model."""
-    settings = {"template": loaded.template_name, "model_max_length": loaded.model_max_length}
-    if loaded.image_processor is not None:
-        settings["image_aspect_ratio"] = loaded.image_processor.aspect_ratio
-    write_json(folder / SETTINGS_FILE, settings)
-
-
-def write_state(state: State, folder: Path) -> None:
-    """Write weights as safetensors, with an index when they take more than one file."""
-    plan = split_torch_state_dict_into_shards(state, max_shard_size=_SHARD_SIZE)
-    for name, tensors in plan.filename_to_tensors.items():
-        with writing(folder / name) as temp:
-            save_file({t: state[t] for t in tensors}, temp, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def _config(model: PreTrainedModel, state: State) -> dict[str, Any]:
-    """The configuration, with the rope base also where transformers before 5 looks for it."""
-    values = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
-    text = values.get("text_config", values)
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
-    for part in (values, text, values.get("vision_config", {})):
-        part["dtype"] = max(dtypes)  # float32 where types are mixed
-    rope = model.config.get_text_config().rope_parameters or {}
-    if "rope_theta" in rope:
-        text["rope_theta"] = rope["rope_theta"]
-    return values
-
-
-def _preprocessor(processor: ImageProcessor) -> dict[str, Any]:
-    side = processor.size
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(processor.mean),
-        "image_std": list(processor.std),
-    }
-
-
-def _generation(model: PreTrainedModel) -> dict[str, Any]:
-    """Ids only: sampling settings that contradict each other stop transformers from saving."""
-    text = model.config.get_text_config()
-    ids = {key: getattr(text, key, None) for key in ("bos_token_id", "eos_token_id")}
-    pad = model.config.pad_token_id
-    return {k: v for k, v in {**ids, "pad_token_id": pad}.items() if v is not None}
 
 
 def fingerprint(path: str | Path, base: str | Path | None = None) -> str:
@@ -287,8 +207,9 @@ def fingerprint(path: str | Path, base: str | Path | None = None) -> str:
 def _folders(folder: Path, base: str | Path | None) -> list[Path]:
     folders = [folder]
     config = folder / "config.json"
-    tower = read_json(config).get("mm_vision_tower") if config.is_file() else None
-    if tower:
+    values = read_json(config) if config.is_file() else {}
+    tower = values.get("mm_vision_tower")
+    if tower and "vision_config" not in values:
         folders.append(find_directory(tower, beside=folder))
     return folders if base is None else folders + _folders(find_directory(base), None)
 
@@ -301,7 +222,7 @@ def _deciding_files(folder: Path) -> list[Path]:
         lora.NON_LORA,
         PROJECTOR_FILE,
         SETTINGS_FILE,
-        _PREPROCESSOR,
+        PREPROCESSOR,
         "config.json",
         *TOKENIZER_FILES,
         *_OF_PROCESSORS,

@@ -9,6 +9,7 @@ model is the root (`base_model.model.model.layers.0...`); names of Hugging Face'
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from .weights import (
 
 ADAPTER_CONFIG = "adapter_config.json"
 NON_LORA = "non_lora_trainables.bin"
+Factors = tuple[torch.Tensor, torch.Tensor]
 _PREFIX = "base_model.model."
+_WHOLE_LAYERS = r"model\.language_model\.layers\."
 _FACTOR = re.compile(r"(.*)\.lora_([AB])(?:\.default)?\.weight")
 # The language model's own layers, alone or inside a LLaVA; CLIP's layers have the same leaf names.
 _LAYERS = r"model\.(?:language_model\.)?layers\.\d+\."
@@ -78,43 +81,89 @@ def attach(
     return get_peft_model(model, config)
 
 
-def apply(state: State, folder: Path) -> State:
-    """Weights of a base model with the LoRA in `folder` merged in, once, under canonical names.
+class Merged(Mapping[str, torch.Tensor]):
+    """The weights of a base model with a LoRA merged in, once, each when it is asked for.
 
-    W + (alpha / r) B A in float32, rounded to W's dtype; other trained weights replace the
-    base's. Raises UsageError if the adapter is of an unsupported kind or of another model.
+    W + (alpha / r) B A in float32, rounded to W's dtype. `base` holds W under canonical names and
+    `factors` B A as (A, B) by the same names.
     """
-    scale = _scale(folder)
-    adapter, replaced = _split(read_tensors(_adapter_file(folder)))
-    if (folder / NON_LORA).is_file():
-        factors, others = _split(read_tensors(folder / NON_LORA))
-        adapter.update(factors)
-        replaced.update(others)
+
+    def __init__(self, base: State, factors: dict[str, Factors], scale: float) -> None:
+        self.base, self.factors, self.scale = base, factors, scale
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self.base[name]
+        if name not in self.factors:
+            return weight
+        down, up = self.factors[name]
+        return (weight.float() + self.scale * (up.float() @ down.float())).to(weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def on(self, base: State) -> Merged:
+        """The same adapter on `base`."""
+        return Merged(base, self.factors, self.scale)
+
+
+def merged(state: State, folder: Path) -> Merged:
+    """Weights of a base model, under canonical names, with the LoRA in `folder`.
+
+    Its other trained weights replace the base's. Raises UsageError if the adapter is of an
+    unsupported kind or of another model.
+    """
+    factors, replaced = read(folder)
     projector = {k: v for k, v in replaced.items() if k.startswith(PROJECTOR)}
-    merged = {**(with_projector(state, projector) if projector else state), **replaced}
-    for name in sorted({name for name, _ in adapter}):
-        merged[name] = _merged(name, merged, adapter, scale, folder)
-    return merged
+    base = {**(with_projector(state, projector) if projector else state), **replaced}
+    result = Merged(base, factors, scale(folder))
+    for name in sorted(factors):
+        _check_fits(name, base, factors[name], folder)
+        if not re.match(_WHOLE_LAYERS, name):  # embedding and output layer may still get rows
+            base[name] = result[name]
+            del factors[name]
+    return result
 
 
-def _merged(
-    name: str, state: State, adapter: dict[tuple[str, str], torch.Tensor], scale: float, where: Path
-) -> torch.Tensor:
+def read(folder: Path) -> tuple[dict[str, Factors], State]:
+    """Low-rank factors (A, B) by the weight they adapt, and the weights trained as a whole.
+
+    Under canonical names, from the adapter and from non_lora_trainables.bin. Raises UsageError if
+    one half of a pair is absent.
+    """
+    halves, replaced = _split(read_tensors(_adapter_file(folder)))
+    if (folder / NON_LORA).is_file():
+        more, others = _split(read_tensors(folder / NON_LORA))
+        halves.update(more)
+        replaced.update(others)
+    factors = {}
+    for name in sorted({name for name, _ in halves}):
+        down, up = halves.get((name, "A")), halves.get((name, "B"))
+        if down is None or up is None:
+            raise UsageError(f"{folder}: half of the adapter of {name} is missing; copy it again")
+        factors[name] = down, up
+    return factors, replaced
+
+
+def _check_fits(name: str, state: State, factors: Factors, where: Path) -> None:
     if name not in state:
-        raise UsageError(f"{where}: adapts {name}, which the base model does not have")
-    down, up = adapter.get((name, "A")), adapter.get((name, "B"))
-    if down is None or up is None:
-        raise UsageError(f"{where}: half of the adapter of {name} is missing")
-    weight = state[name]
-    if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+        raise UsageError(
+            f"{where}: adapts {name}, which the base model does not have; it was trained on "
+            "another model, check --model-base"
+        )
+    down, up = factors
+    shape = tuple(state[name].shape)
+    if (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
         raise UsageError(
             f"{where}: adapts {name} as ({up.shape[0]}, {down.shape[1]}), the base has "
-            f"{tuple(weight.shape)}; it was trained on another model, check --model-base"
+            f"{shape}; it was trained on another model, check --model-base"
         )
-    return (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
 
 
-def _scale(folder: Path) -> float:
+def scale(folder: Path) -> float:
+    """What B A is multiplied with; UsageError if the adapter's formula is another one."""
     path = folder / ADAPTER_CONFIG
     config = read_json(path)
     if config.get("peft_type") != "LORA":

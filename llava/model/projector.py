@@ -13,6 +13,7 @@ of the weights say it too: that is how a checkpoint's type is told.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedC
 
 from llava.errors import UsageError
 
-from .weights import PROJECTOR, State, build, canonical_name, read_tensors
+from .weights import PROJECTOR, State, canonical_name, read_tensors
 
 DEFAULT_TYPE = "mlp2x_gelu"
 
@@ -48,7 +49,7 @@ def type_of(config: LlavaConfig) -> str:
     return getattr(config, "mm_projector_type", DEFAULT_TYPE)
 
 
-def type_in(state: State, where: Path) -> str:
+def type_in(state: Iterable[str], where: Path) -> str:
     """The type of the projector in `state`, by its names; UsageError if there is no whole one."""
     found = {name.removeprefix(PROJECTOR) for name in state if name.startswith(PROJECTOR)}
     n_layers = len([name for name in found if name.endswith("weight")])
@@ -92,15 +93,15 @@ class LlavaWithProjector(LlavaForConditionalGeneration):
         self.post_init()
 
 
-def build_llava(
-    config: LlavaConfig, state: State, dtype: torch.dtype, where: Path
-) -> LlavaForConditionalGeneration:
-    """A LLaVA with exactly the weights in `state`, whose projector decides the class."""
+def llava_class(
+    config: LlavaConfig, state: Mapping[str, torch.Tensor], where: Path
+) -> type[LlavaForConditionalGeneration]:
+    """The class of a LLaVA with these weights, whose projector's type goes into `config`."""
     kind = type_in(state, where)
     if kind == DEFAULT_TYPE:
-        return build(LlavaForConditionalGeneration, config, state, dtype, where)
+        return LlavaForConditionalGeneration
     config.mm_projector_type = kind
-    return build(LlavaWithProjector, config, state, dtype, where)
+    return LlavaWithProjector
 
 
 def read_projector(path: Path) -> State:

@@ -13,11 +13,13 @@ hf_other        any other vision-language model of transformers     read by `sel
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -39,7 +41,6 @@ from .assemble import (
 )
 from .projector import check_projector_size, read_projector, with_projector
 from .weights import (
-    State,
     canonical,
     find_directory,
     make_config,
@@ -50,6 +51,7 @@ from .weights import (
 
 PROJECTOR_FILE = "mm_projector.bin"
 SETTINGS_FILE = "llava.json"
+PREPROCESSOR = "preprocessor_config.json"
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -58,11 +60,11 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 _ORIGINAL = re.compile(r"Llava\w*ForCausalLM")
-_LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 # Settings of LLaVA's own that stand in its config.json beside those of the language model.
 _OF_LLAVA = re.compile(r"(mm_|tune_mm_|freeze_mm_|unfreeze_mm_|use_mm_|image_|tokenizer_)")
 DEFAULTS = {"template": "v1", "image_aspect_ratio": "pad", "model_max_length": 2048}
-_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+FEATURES = {"patch": "default", "cls_patch": "full"}
+"""LLaVA's mm_vision_select_feature -> transformers' vision_feature_select_strategy."""
 
 
 class Kind(StrEnum):
@@ -81,10 +83,13 @@ class Source:
     """A checkpoint that is read but not yet built. Folders are searched in order."""
 
     config: PreTrainedConfig
-    state: State
+    state: Mapping[str, torch.Tensor]
+    """Under canonical names; those that a LoRA adapts are merged when they are asked for."""
     settings: dict[str, Any]
     tokenizer_folders: list[Path]
     image_folders: list[Path]
+    vision_tower: str | None = None
+    """Directory or hub name of the vision tower, where the checkpoint says it."""
 
 
 def inspect(path: str | Path) -> Kind:
@@ -161,16 +166,20 @@ def _read_on_base(folder: Path, kind: Kind, base: str | Path | None) -> Source:
     config_path = folder / "config.json"
     values = read_json(config_path) if config_path.is_file() else {}
     if kind is Kind.LLAVA_LORA:
-        state = lora.apply(source.state, folder)
+        state: Mapping[str, torch.Tensor] = lora.merged(source.state, folder)
     else:
         state = with_projector(source.state, read_projector(folder / PROJECTOR_FILE))
     folders = [folder, *source.tokenizer_folders]
     if not isinstance(source.config, LlavaConfig) and "mm_vision_tower" in values:
         return _with_tower(folder, values, source.config, state, folders)
     if not isinstance(source.config, LlavaConfig) and kind is Kind.PROJECTOR_ONLY:
-        raise UsageError(f"{folder}: needs a config.json that names mm_vision_tower")
+        raise UsageError(
+            f"{folder}: needs a config.json that names mm_vision_tower; copy it from where the "
+            "projector was trained, or give a whole LLaVA as --model-base"
+        )
     settings = {**source.settings, **_settings(folder, values, partial=True)}
-    return Source(source.config, state, settings, folders, source.image_folders)
+    places = source.image_folders
+    return Source(source.config, state, settings, folders, places, source.vision_tower)
 
 
 def _recorded_base(folder: Path) -> str:
@@ -186,52 +195,67 @@ def _recorded_base(folder: Path) -> str:
 
 
 def _original_text_config(folder: Path, values: dict[str, Any]) -> PreTrainedConfig:
-    kind = _LANGUAGE_MODELS.get(values.get("model_type"))
-    if kind is None:
-        known = ", ".join(_LANGUAGE_MODELS)
+    kind = str(values.get("model_type"))
+    text_kind = "llama" if kind == "llava" else kind.removeprefix("llava_")
+    if text_kind == kind:
         raise UsageError(
-            f"{folder}: an original LLaVA of type {values.get('model_type')!r}; known: {known}"
+            f"{folder}: an original LLaVA of type {kind!r}; known: llava, llava_llama, "
+            "llava_mistral and others whose language model transformers has"
         )
-    own = ("architectures", "auto_map", "_name_or_path", "torch_dtype")
+    own = ("architectures", "auto_map", "_name_or_path", "torch_dtype", "vision_config")
     text = {k: v for k, v in values.items() if not _OF_LLAVA.match(k) and k not in own}
-    return make_config(text, folder / "config.json", kind)
+    return make_config(text, folder / "config.json", text_kind)
 
 
 def _with_tower(
     folder: Path,
     values: dict[str, Any],
     text_config: PreTrainedConfig,
-    state: State,
+    state: Mapping[str, torch.Tensor],
     tokenizer_folders: list[Path],
 ) -> Source:
     """Original LLaVA's weights completed by the vision tower that its configuration names."""
     if values.get("mm_use_im_start_end"):
-        raise UsageError(f"{folder}: mm_use_im_start_end is of an older LLaVA and not supported")
-    name = values.get("mm_vision_tower")
-    if not name:
-        raise UsageError(f"{folder}: config.json does not name its vision tower (mm_vision_tower)")
-    try:
-        tower_folder = find_directory(name, beside=folder)
-    except UsageError as error:
         raise UsageError(
-            f"{folder}: its vision tower was not found ({error}); put it beside the checkpoint "
-            f"as {folder.resolve().parent / Path(name).name}"
-        ) from error
-    text_state, tower, projector = split(state)
-    if tower:  # a full fine-tuning writes the tower too
-        vision_config = read_vision_config(tower_folder)
+            f"{folder}: mm_use_im_start_end is of an older LLaVA and not supported; use a LLaVA-1.5"
+        )
+    text_state, tower, projector = split(state.base if isinstance(state, lora.Merged) else state)
+    name, image_folders = values.get("mm_vision_tower"), [folder]
+    if tower and "vision_config" in values:  # complete in itself: no other folder is needed
+        vision_config = make_config(values["vision_config"], folder / "config.json")
     else:
-        vision_config, tower = read_vision_tower(tower_folder)
+        tower_folder = _tower_folder(folder, name)
+        image_folders.append(tower_folder)
+        vision_config = read_vision_config(tower_folder)
+        tower = tower or read_vision_tower(tower_folder)[1]
     check_projector_size(projector, vision_config, text_config, folder)
     vocab_size = load_tokenizer(tokenizer_folder(tokenizer_folders)).vocab_size
     config, full = combine(
         Parts(text_config, text_state, vision_config, tower, projector),
         vocab_size,
         values.get("mm_vision_select_layer", -2),
-        _STRATEGIES.get(values.get("mm_vision_select_feature", "patch"), "default"),
+        FEATURES.get(values.get("mm_vision_select_feature", "patch"), "default"),
     )
     settings = _settings(folder, values)
-    return Source(config, full, settings, tokenizer_folders, [folder, tower_folder])
+    full = state.on(full) if isinstance(state, lora.Merged) else full
+    if name and (folder / name).is_dir():
+        name = str((folder / name).resolve())
+    return Source(config, full, settings, tokenizer_folders, image_folders, name)
+
+
+def _tower_folder(folder: Path, name: str | None) -> Path:
+    if not name:
+        raise UsageError(
+            f"{folder}: config.json does not name its vision tower; add mm_vision_tower, for "
+            "LLaVA-1.5 openai/clip-vit-large-patch14-336"
+        )
+    try:
+        return find_directory(name, beside=folder)
+    except UsageError as error:
+        raise UsageError(
+            f"{folder}: its vision tower was not found ({error}); put it beside the checkpoint "
+            f"as {folder.resolve().parent / Path(name).name}"
+        ) from error
 
 
 def _settings(folder: Path, values: dict[str, Any], partial: bool = False) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
 from llava.errors import RefusedError, StorageError, UsageError
@@ -62,6 +62,7 @@ _CLASSIC = [
 _NOT_WEIGHTS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|image_newline)$")
 # Keys of a configuration that choose code, files or machinery instead of describing the model.
 _NOT_MODEL = ("auto_map", "custom_pipelines", "transformers_weights", "fusion_config")
+_UNREADABLE = "check that it is a file, its owner and its mode"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -108,11 +109,21 @@ def find_directory(name: str | Path, beside: Path | None = None) -> Path:
     if beside is not None:
         places = [beside / text, *places, beside.resolve().parent / Path(text).name]
     for place in places:
-        if place.is_dir():
+        if _is_directory(place):
             return place
     if Path(text).exists() or not _HUB_NAME.fullmatch(text):
         raise UsageError(f"{text}: no such model directory")
     return _from_hub(text)
+
+
+def _is_directory(place: Path) -> bool:
+    try:
+        if not place.is_dir():
+            return False
+        os.listdir(place)
+    except PermissionError as error:
+        raise UsageError(f"{place}: permission denied; check the owner and mode of it") from error
+    return True
 
 
 def _from_hub(name: str) -> Path:
@@ -141,7 +152,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); {_UNREADABLE}") from error
     except ValueError as error:
         raise UsageError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -236,7 +247,7 @@ def read_tensors(path: Path) -> State:
         with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); {_UNREADABLE}") from error
     if start.startswith(b"version https://git-lfs"):
         raise UsageError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`")
     if path.suffix == ".safetensors":
@@ -269,45 +280,6 @@ def _read_pickle(path: Path, looks_like_pickle: bool) -> State:
     if not isinstance(value, dict) or not all(torch.is_tensor(t) for t in value.values()):
         raise UsageError(f"{path}: holds no table of tensors")
     return {name: tensor.detach() for name, tensor in value.items()}
-
-
-def build(
-    cls: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    state: State,
-    dtype: torch.dtype,
-    where: Path,
-) -> PreTrainedModel:
-    """A `cls` in evaluation mode with exactly the weights in `state`.
-
-    Raises UsageError naming the weights when one is missing, left over or of another shape.
-    """
-    with quiet_transformers():
-        model, info = cls.from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, with a remedy
-        )
-    for name, found, expected in sorted(info["mismatched_keys"]):
-        raise UsageError(
-            f"{where}: {name} has shape {tuple(found)}, the model needs {tuple(expected)}; "
-            + _shape_remedy(name)
-        )
-    for problem in ("missing", "unexpected"):
-        names = sorted(info[f"{problem}_keys"])
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UsageError(f"{where}: {problem} weights: {', '.join(names[:3])}{more}")
-    return model
-
-
-def _shape_remedy(name: str) -> str:
-    if name.startswith(PROJECTOR):
-        return "this projector belongs to another language model or vision tower"
-    return "config.json and weights do not belong together"
 
 
 @contextmanager

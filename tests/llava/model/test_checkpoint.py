@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from llava.errors import StorageError, UsageError
-from llava.model import checkpoint
+from llava.model import checkpoint, export
 from llava.model.checkpoint import Kind, fingerprint, inspect, load, save
 from llava.model.weights import write_json
 
@@ -92,7 +92,7 @@ def test_dtype(tiny, tmp_path):
 
 
 def test_shards(tiny, tmp_path, logits_of, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_SHARD_SIZE", "50KB")
+    monkeypatch.setattr(export, "_SHARD_SIZE", "50KB")
     save(tiny, tmp_path)
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1 and not (tmp_path / "model.safetensors").exists()
