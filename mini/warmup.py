@@ -119,6 +119,8 @@ def warm_up(settings: WarmupSettings) -> None:
         "vision_tower": base / "clip",
         "pretrain_mm_mlp_adapter": base / "projector.safetensors",
         "version": "v1",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
         "data_path": records,
         "image_folder": data / "images",
         "image_aspect_ratio": "pad",

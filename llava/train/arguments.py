@@ -1,7 +1,8 @@
 """Flags of `python -m llava.train`: LLaVA's names, on top of all flags of Hugging Face's Trainer.
 
-LLaVA's own flags default to LLaVA-1.5 (its classes still default to an older model; its scripts
-pass every value, so they run the same). Names that newer transformers dropped are understood.
+LLaVA's own flags have LLaVA's own defaults, which are those of an older model: what LLaVA-1.5
+needs, its scripts pass, and they run unchanged. Names that newer transformers dropped are
+understood.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import difflib
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import transformers
@@ -19,6 +20,9 @@ from transformers import HfArgumentParser
 
 from llava.conversation import get_template
 from llava.errors import UsageError
+from llava.model.projector import layer_prefixes
+
+from . import zero
 
 USAGE = (
     "python -m llava.train --model_name_or_path DIR --data_path FILE --output_dir DIR [flags]\n"
@@ -27,15 +31,6 @@ USAGE = (
 RENAMED = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
 if "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__:
     RENAMED["gradient_checkpointing"] = "activation_checkpointing"
-# What older scripts pass, and the one value that LLaVA-1.5 training has; None: any, no effect.
-FIXED = {
-    "lazy_preprocess": None,  # images are always read when they are needed
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_use_im_start_end": "False",
-    "mm_use_im_patch_token": "False",
-    "mm_patch_merge_type": "flat",
-    "bits": "16",
-}
 # Flags of transformers.TrainingArguments that --help explains.
 COMMON = (
     "output_dir num_train_epochs max_steps per_device_train_batch_size "
@@ -56,7 +51,9 @@ class ModelArguments:
     model_name_or_path: str = _flag(
         None, "language model, or a LLaVA to train on: a directory or a hub name"
     )
-    version: str = _flag("v1", "conversation template: v1, plain (alignment pre-training), ...")
+    version: str = _flag(
+        "v0", "conversation template: v1 (LLaVA-1.5), plain (alignment pre-training), ..."
+    )
     vision_tower: str | None = _flag(
         None, "CLIP vision tower to put on a language model; without it text alone is trained"
     )
@@ -64,9 +61,19 @@ class ModelArguments:
         None, "mm_projector.bin to start from; without it the projector starts fresh"
     )
     tune_mm_mlp_adapter: bool = _flag(False, "train the projector only (alignment pre-training)")
-    mm_vision_select_layer: int = _flag(-2, "hidden state of the vision tower that is read")
+    freeze_backbone: bool = _flag(False, "keep the language model as it is")
+    mm_projector_type: str = _flag("linear", "linear, or mlp2x_gelu (LLaVA-1.5), mlp3x_gelu, ...")
+    mm_vision_select_layer: int = _flag(
+        -1, "hidden state of the vision tower that is read (LLaVA-1.5: -2)"
+    )
     mm_vision_select_feature: Literal["patch", "cls_patch"] = _flag(
         "patch", "cls_patch keeps the class token"
+    )
+    mm_patch_merge_type: str = _flag("flat", "flat is the one there is: one image, one grid")
+    mm_use_im_start_end: bool = _flag(False, "must stay False: LLaVA-1.5 has no such tokens")
+    mm_use_im_patch_token: bool = _flag(True, "no effect: that token occurs in no sample")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = _flag(
+        None, "attention of the model: eager, sdpa (PyTorch's) or flash_attention_2"
     )
 
 
@@ -75,6 +82,9 @@ class DataArguments:
     """What it is trained on."""
 
     data_path: str = _flag(None, "LLaVA JSON list, or one record a line")
+    eval_data_path: str | None = _flag(
+        None, "held-out records; their loss is logged at the end, or as --eval_strategy says"
+    )
     image_folder: str | None = _flag(None, "folder that the records' image paths are relative to")
     image_roots: list[str] = field(
         default_factory=list,
@@ -83,6 +93,8 @@ class DataArguments:
     image_aspect_ratio: Literal["square", "pad"] = _flag(
         "square", "pad shows the whole image (LLaVA-1.5 fine-tuning), square crops its centre"
     )
+    lazy_preprocess: bool = _flag(False, "no effect: images are always read when they are needed")
+    is_multimodal: bool = _flag(False, "no effect: whether a model sees, its files say")
 
 
 @dataclass
@@ -90,19 +102,38 @@ class TrainingArguments(transformers.TrainingArguments):
     """How it is trained."""
 
     output_dir: str | None = _flag(None, "where the model and its checkpoints are written")
-    model_max_length: int = _flag(2048, "positions after the image is expanded; the rest is cut")
+    cache_dir: str | None = _flag(None, "where models from the hub are kept")
+    optim: str = _flag("adamw_torch", "adamw_torch, adamw_torch_fused, adafactor, ...")
+    model_max_length: int = _flag(
+        512, "positions after the image is expanded; the rest is cut (LLaVA-1.5: 2048)"
+    )
+    freeze_mm_mlp_adapter: bool = _flag(False, "keep the projector as it is")
     mm_projector_lr: float | None = _flag(None, "learning rate of the projector, if another")
     group_by_modality_length: bool = _flag(
         False, "batches of one modality and similar lengths, as LLaVA fine-tunes"
     )
+    packing: bool = _flag(False, "several samples of a batch in one row, each as if alone")
     lora_enable: bool = _flag(False, "train low-rank adapters of the language model + projector")
     lora_r: int = _flag(64, "rank of the adapters")
     lora_alpha: int = _flag(16, "the adapters are scaled by lora_alpha / lora_r")
     lora_dropout: float = _flag(0.05, "dropout in front of the adapters")
+    lora_bias: Literal["none", "all", "lora_only"] = _flag(
+        "none", "biases trained beside the adapters; Llama has none"
+    )
+    lora_weight_path: str = _flag("", "no effect, as in LLaVA")
+    bits: Literal[4, 8, 16] = _flag(
+        16, "4 or 8: quantise the frozen language model (with --lora_enable; needs bitsandbytes)"
+    )
+    double_quant: bool = _flag(True, "with 4 bits: quantise the scales as well")
+    quant_type: Literal["fp4", "nf4"] = _flag("nf4", "with 4 bits: the data type")
+    mpt_attn_impl: str = _flag("triton", "no effect: for MPT, which is not supported")
 
     # Other defaults than transformers'.
     logging_steps: float = _flag(10, "steps between two lines of progress")
     save_strategy: str = _flag("no", "no, steps or epoch; the final model is always saved")
+    save_total_limit: int | None = _flag(
+        None, "checkpoints kept, the oldest are deleted; 1 keeps 2, so that one is always complete"
+    )
     report_to: str = _flag("none", "none, wandb, tensorboard, ...")
     disable_tqdm: bool | None = _flag(None, "lines instead of a bar; default: if not a terminal")
     remove_unused_columns: bool = _flag(False, "must stay False")
@@ -118,6 +149,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.ddp_find_unused_parameters = False  # every step uses all: see the dummy image
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
+        zero.configure(self)
         super().__post_init__()
         _check_training(self)
 
@@ -127,20 +159,52 @@ class TrainingArguments(transformers.TrainingArguments):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
 
-def _check_training(arguments: TrainingArguments) -> None:
-    if arguments.remove_unused_columns or arguments.logging_nan_inf_filter:
-        raise UsageError("--remove_unused_columns and --logging_nan_inf_filter must stay False")
-    if arguments.eval_strategy != "no":
-        raise UsageError("--eval_strategy: there is no validation set while training; leave it")
-    if arguments.label_smoothing_factor:
-        raise UsageError("--label_smoothing_factor is not supported")
-    if arguments.lora_enable and arguments.lora_r < 1:
-        raise UsageError(f"--lora_r {arguments.lora_r}: must be at least 1")
-    if arguments.n_gpu > 1:
-        raise UsageError(
-            f"{arguments.n_gpu} GPUs but one process; use `torchrun --nproc_per_node "
-            f"{arguments.n_gpu} -m llava.train ...`, or choose one with CUDA_VISIBLE_DEVICES"
-        )
+def _check_training(flags: TrainingArguments) -> None:
+    """Raise UsageError on what this training cannot do, or would do other than asked."""
+    for wrong, message in (
+        (flags.remove_unused_columns, "--remove_unused_columns must stay False"),
+        (
+            flags.logging_nan_inf_filter,
+            "--logging_nan_inf_filter must stay False: a loss that is not finite stops the run",
+        ),
+        (flags.label_smoothing_factor, "--label_smoothing_factor is not supported; leave it 0"),
+        (
+            flags.load_best_model_at_end,
+            "--load_best_model_at_end is not supported; every checkpoint is a model, and "
+            "trainer_state.json has their eval_loss",
+        ),
+        (flags.fsdp, "--fsdp is not supported; use --deepspeed scripts/zero3.json"),
+        (
+            flags.train_sampling_strategy not in ("random", "sequential"),
+            f"--train_sampling_strategy {flags.train_sampling_strategy}: batches of similar "
+            "lengths are made by --group_by_modality_length True",
+        ),
+        (
+            flags.group_by_modality_length and flags.train_sampling_strategy == "sequential",
+            "--group_by_modality_length and --train_sampling_strategy sequential contradict each "
+            "other; drop one",
+        ),
+        (
+            flags.packing and flags.per_device_train_batch_size == 1,
+            "--packing joins the samples of a batch; give --per_device_train_batch_size 2 or more",
+        ),
+        (flags.lora_r < 1, f"--lora_r {flags.lora_r}: must be at least 1"),
+        (
+            not 0 <= flags.lora_dropout < 1,
+            f"--lora_dropout {flags.lora_dropout}: is a share, from 0 to below 1",
+        ),
+        (
+            flags.bits != 16 and not flags.lora_enable,
+            f"--bits {flags.bits}: quantised weights cannot be trained; add --lora_enable True",
+        ),
+        (
+            flags.n_gpu > 1,
+            f"{flags.n_gpu} GPUs but one process; use `torchrun --nproc_per_node {flags.n_gpu} "
+            "-m llava.train ...`, or choose one with CUDA_VISIBLE_DEVICES",
+        ),
+    ):
+        if wrong:
+            raise UsageError(message)
 
 
 @dataclass
@@ -152,15 +216,45 @@ class Arguments:
     training: TrainingArguments
 
     def __post_init__(self) -> None:
-        for flag, value in (
-            ("model_name_or_path", self.model.model_name_or_path),
-            ("data_path", self.data.data_path),
+        model, data, training = self.model, self.data, self.training
+        get_template(model.version)
+        layer_prefixes(model.mm_projector_type)
+        evaluates = training.eval_strategy != "no" or training.eval_on_start
+        for wrong, message in (
+            (not model.model_name_or_path, "--model_name_or_path is required"),
+            (not data.data_path, "--data_path is required"),
+            (
+                model.mm_use_im_start_end,
+                "--mm_use_im_start_end True is not supported: LLaVA-1.5 puts no tokens around an "
+                "image; leave it False",
+            ),
+            (
+                model.mm_patch_merge_type != "flat",
+                f"--mm_patch_merge_type {model.mm_patch_merge_type}: only flat is supported, the "
+                "others belong to LLaVA-1.6",
+            ),
+            (
+                model.tune_mm_mlp_adapter and training.lora_enable,
+                "--tune_mm_mlp_adapter trains the projector only; drop --lora_enable",
+            ),
+            (
+                model.tune_mm_mlp_adapter and training.freeze_mm_mlp_adapter,
+                "--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter contradict each other; drop one",
+            ),
+            (
+                model.freeze_backbone
+                and training.freeze_mm_mlp_adapter
+                and not training.lora_enable,
+                "--freeze_backbone and --freeze_mm_mlp_adapter leave nothing to train; drop one",
+            ),
+            (
+                evaluates and not data.eval_data_path,
+                f"--eval_strategy {training.eval_strategy.value}: evaluates nothing; give "
+                "--eval_data_path FILE, held-out records like those of --data_path",
+            ),
         ):
-            if not value:
-                raise UsageError(f"--{flag} is required")
-        get_template(self.model.version)
-        if self.model.tune_mm_mlp_adapter and self.training.lora_enable:
-            raise UsageError("--tune_mm_mlp_adapter trains the projector only; drop --lora_enable")
+            if wrong:
+                raise UsageError(message)
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter):
@@ -175,9 +269,16 @@ class _Formatter(ArgumentDefaultsHelpFormatter):
         return name if action.nargs == 0 else f"{name} {value}"
 
 
+class _Parser(HfArgumentParser):
+    """Tells what is wrong like everything else here: as one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
 def parse(argv: list[str]) -> Arguments:
-    """Arguments from flags; UsageError, or argparse's exit with code 2, if they are wrong."""
-    parser = HfArgumentParser(
+    """Arguments from flags; UsageError if they are wrong."""
+    parser = _Parser(
         [ModelArguments, DataArguments, TrainingArguments],
         usage=USAGE,
         formatter_class=_Formatter,
@@ -210,19 +311,9 @@ def _shorten_help(parser: HfArgumentParser) -> None:
 
 
 def _modernised(argv: list[str]) -> list[str]:
-    """`argv` with old names replaced and flags with one possible value checked and taken out."""
-    result: list[str] = []
-    rest = [part for word in argv for part in _split_equals(word)]
-    while rest:
-        word = rest.pop(0)
-        name = word.removeprefix("--").replace("-", "_") if word.startswith("--") else None
-        if name in FIXED:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "True"
-            if FIXED[name] not in (None, value):
-                raise UsageError(f"--{name} {value}: only {FIXED[name]} is supported")
-        else:
-            result.append(f"--{RENAMED[name]}" if name in RENAMED else word)
-    return result
+    """`argv` with old names replaced."""
+    words = [part for word in argv for part in _split_equals(word)]
+    return [f"--{RENAMED[word[2:]]}" if word[2:] in RENAMED else word for word in words]
 
 
 def _split_equals(word: str) -> list[str]:

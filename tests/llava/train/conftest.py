@@ -52,6 +52,10 @@ def run(parts: Path, squares: Path, tmp_path: Path) -> Callable[..., Path]:
         values = {
             "model_name_or_path": parts / "lm",
             "vision_tower": parts / "clip",
+            "version": "v1",
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": -2,
+            "model_max_length": 2048,
             "data_path": squares / "mixed.json",
             "image_folder": squares / "img",
             "output_dir": tmp_path / output,
