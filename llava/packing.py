@@ -5,9 +5,10 @@ rows. So an optimizer step sees the same samples and makes the same step, a samp
 the same, and every process runs the same number of micro-batches. What changes is the padding.
 
 Position ids start at 0 with every sample and no attention mask is given; from that transformers
-tells the samples apart. For PyTorch's attention it builds a block-diagonal mask, which costs the
-square of a row's length. Flash attention is given the samples' borders instead, but only of a
-single row: there all samples make one row, and nothing is padded.
+tells the samples apart (only without a cache: `use_cache=False`). For PyTorch's attention it builds
+a block-diagonal mask, which costs the square of a row's length. Flash attention is given the
+samples' borders instead, but only of a single row: there all samples make one row, and nothing is
+padded.
 """
 
 from __future__ import annotations
