@@ -25,11 +25,13 @@ from transformers import LlavaConfig, PreTrainedModel
 from llava.errors import UsageError
 from llava.images import ImageProcessor
 from llava.model import lora
-from llava.model.assemble import assemble, read_projector
+from llava.model.assemble import assemble
 from llava.model.checkpoint import Loaded, fitting_length, load, save, wrap, write_settings
+from llava.model.projector import read_projector, type_of
 from llava.model.sources import DEFAULTS, PROJECTOR_FILE, Kind, inspect
 from llava.model.weights import (
     PROJECTOR,
+    State,
     canonical,
     find_directory,
     read_tensors,
@@ -38,6 +40,7 @@ from llava.model.weights import (
     writing,
 )
 
+from . import zero
 from .arguments import Arguments
 
 TRAINABLE = "trainable.safetensors"
@@ -47,8 +50,10 @@ _FEATURES = {"patch": "default", "cls_patch": "full"}
 def load_model(arguments: Arguments) -> Loaded:
     """The model that training starts from, with the samples' settings of the flags.
 
-    In float32, or in the type of the computation when its language model stays frozen.
+    In float32, or in the type of the computation when its language model stays frozen or DeepSpeed
+    keeps the float32 copy. With ZeRO-3 each process holds its share: the first reads the files.
     """
+    zero.start(arguments.training)
     name = arguments.model.model_name_or_path
     folder = find_directory(name)
     kind = inspect(folder)
@@ -65,6 +70,7 @@ def load_model(arguments: Arguments) -> Loaded:
         if arguments.model.pretrain_mm_mlp_adapter:
             _replace_projector(loaded, Path(arguments.model.pretrain_mm_mlp_adapter))
     _check_stage(arguments, loaded)
+    _set_attention(arguments, loaded.model)
     loaded.template_name = arguments.model.version
     loaded.model_max_length = fitting_length(loaded.model, arguments.training.model_max_length)
     if loaded.image_processor is not None:
@@ -75,6 +81,19 @@ def load_model(arguments: Arguments) -> Loaded:
     return loaded
 
 
+def _set_attention(arguments: Arguments, model: PreTrainedModel) -> None:
+    wanted = arguments.model.attn_implementation
+    if wanted is None:
+        return
+    try:
+        model.set_attn_implementation(wanted)  # of the vision tower too
+    except (ImportError, ValueError) as error:
+        reason = str(error).split(". ")[0]
+        raise UsageError(
+            f"--attn_implementation {wanted}: {reason}; sdpa needs no package"
+        ) from error
+
+
 def _assembled(arguments: Arguments, folder: Path) -> Loaded:
     flags = arguments.model
     tower = find_directory(flags.vision_tower)
@@ -82,6 +101,7 @@ def _assembled(arguments: Arguments, folder: Path) -> Loaded:
         folder,
         tower,
         flags.pretrain_mm_mlp_adapter,
+        projector_type=flags.mm_projector_type,
         dtype=_start_dtype(arguments),
         generator=torch.Generator().manual_seed(arguments.training.seed),
         feature_layer=flags.mm_vision_select_layer,
@@ -91,18 +111,24 @@ def _assembled(arguments: Arguments, folder: Path) -> Loaded:
 
 
 def _start_dtype(arguments: Arguments) -> torch.dtype:
-    frozen = arguments.model.tune_mm_mlp_adapter or arguments.training.lora_enable
-    return arguments.training.compute_dtype if frozen else torch.float32
+    flags = arguments.training
+    frozen = arguments.model.tune_mm_mlp_adapter or flags.lora_enable
+    return flags.compute_dtype if frozen or zero.enabled(flags) else torch.float32
 
 
 def _replace_projector(loaded: Loaded, path: Path) -> None:
     if loaded.image_processor is None:
         raise UsageError("--pretrain_mm_mlp_adapter needs --vision_tower")
+    projector = loaded.model.model.multi_modal_projector
     state = {name.removeprefix(PROJECTOR): t for name, t in read_projector(path).items()}
-    try:
-        loaded.model.model.multi_modal_projector.load_state_dict(state)
-    except RuntimeError as error:
-        raise UsageError(f"{path}: a projector of another size than the model's") from error
+    expected = {name: zero.whole_shape(p) for name, p in projector.named_parameters()}
+    if {name: tensor.shape for name, tensor in state.items()} != expected:
+        raise UsageError(
+            f"--pretrain_mm_mlp_adapter {path}: a projector of another size or type than the "
+            "model's; leave the flag out, or start from the projector's language model"
+        )
+    with zero.gathered(projector.parameters(), rewrite=True):
+        projector.load_state_dict(state)
 
 
 def _check_stage(arguments: Arguments, loaded: Loaded) -> None:
@@ -116,31 +142,51 @@ def _check_stage(arguments: Arguments, loaded: Loaded) -> None:
 def prepare(arguments: Arguments, loaded: Loaded) -> PreTrainedModel | PeftModel:
     """`loaded.model` with the stage's weights trainable in float32 and all others frozen.
 
-    Frozen weights are kept in the type they are computed in. With LoRA the result wraps the model.
+    Frozen weights are kept in the type they are computed in, and with DeepSpeed all are: it keeps
+    its own float32 copy of those it trains. With LoRA the result wraps the model. Raises UsageError
+    if the flags freeze everything.
     """
     model = loaded.model
     flags = arguments.training
     if flags.lora_enable:
+        torch.manual_seed(flags.seed)  # adapters start alike however the model was built
         trained = lora.attach(
-            model, rank=flags.lora_r, alpha=flags.lora_alpha, dropout=flags.lora_dropout
+            model,
+            rank=flags.lora_r,
+            alpha=flags.lora_alpha,
+            dropout=flags.lora_dropout,
+            bias=flags.lora_bias,
         )
     else:
         trained = model
         model.requires_grad_(not arguments.model.tune_mm_mlp_adapter)
+    _freeze(arguments, model)
+    if not any(parameter.requires_grad for parameter in trained.parameters()):
+        raise UsageError("the flags freeze every weight; drop one of --freeze_...")
+    for parameter in trained.parameters():
+        if not zero.is_shard(parameter):
+            full = parameter.requires_grad and not zero.enabled(flags)
+            parameter.data = parameter.data.to(torch.float32 if full else flags.compute_dtype)
+    return trained
+
+
+def _freeze(arguments: Arguments, model: PreTrainedModel) -> None:
+    """What the stages' table says of tower and projector, and LLaVA's own --freeze_ flags."""
+    if arguments.model.freeze_backbone and not arguments.training.lora_enable:
+        model.get_decoder().requires_grad_(False)  # as in LLaVA, the output layer still trains
     if isinstance(model.config, LlavaConfig):
         model.model.vision_tower.requires_grad_(False)
-        model.model.multi_modal_projector.requires_grad_(True)
-    for parameter in trained.parameters():
-        dtype = torch.float32 if parameter.requires_grad else flags.compute_dtype
-        parameter.data = parameter.data.to(dtype)
-    return trained
+        projector = not arguments.training.freeze_mm_mlp_adapter
+        model.model.multi_modal_projector.requires_grad_(projector)
 
 
 class Exporter:
     """Writes the model of a run, and puts a checkpoint's weights back into it.
 
-    `folder` is usable by `llava.model.checkpoint.load` whatever the stage. Trainable weights stay
-    float32 in a `checkpoint-N`, so that resuming loses nothing.
+    Every method is to be called by all processes: weights that are sharded are gathered, and the
+    main process writes. `folder` is usable by `llava.model.checkpoint.load` whatever the stage.
+    Trainable weights stay float32 in a `checkpoint-N`, so that resuming loses nothing; DeepSpeed
+    resumes from the state that it puts into the same folder by itself.
     """
 
     def __init__(self, arguments: Arguments, loaded: Loaded, model: PreTrainedModel) -> None:
@@ -153,19 +199,20 @@ class Exporter:
     def checkpoint(self, folder: Path) -> None:
         """Write an intermediate model from which training can go on."""
         self._write(folder, None)
-        if self._is_partial():
+        flags = self.arguments.training
+        if self._is_partial() and not zero.enabled(flags) and flags.should_save:
             with writing(folder / TRAINABLE) as temp:
-                save_file(self._trainable(), temp)
+                save_file(self._collect(self._trainable()), temp)
 
     def restore(self, folder: Path) -> None:
-        """Put back the trainable weights of a folder that `checkpoint` wrote."""
+        """Put back the trainable weights of a folder that `checkpoint` wrote, without DeepSpeed."""
         if self._is_partial():
             state = read_tensors(folder / TRAINABLE)
         elif isinstance(self.model.config, LlavaConfig):
             state = canonical(read_weights(folder))
         else:
             state = read_weights(folder)
-        missing = self._trainable().keys() - state.keys()
+        missing = set(self._trainable()) - state.keys()
         if missing:
             raise UsageError(f"{folder}: of another kind of training; lacks {min(missing)}")
         self.model.load_state_dict(state, strict=False)
@@ -173,18 +220,33 @@ class Exporter:
     def _is_partial(self) -> bool:
         return isinstance(self.model, PeftModel) or self.arguments.model.tune_mm_mlp_adapter
 
-    def _trainable(self) -> dict[str, torch.Tensor]:
-        named = self.model.named_parameters()
-        return {k: p.detach().cpu().contiguous() for k, p in named if p.requires_grad}
+    def _trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _own(self) -> dict[str, torch.nn.Parameter]:
+        """What has to be written: all, or what the base model does not have."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        if not self._is_partial():
+            return named
+        return {k: p for k, p in named.items() if p.requires_grad or PROJECTOR in k}
+
+    def _collect(
+        self, named: dict[str, torch.nn.Parameter], dtype: torch.dtype | None = None
+    ) -> State:
+        """Whole tensors for the main process, nothing for the others."""
+        return zero.collect(named.items(), dtype, keep=self.arguments.training.should_save)
 
     def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        state = self._collect(self._own(), dtype)
+        if not self.arguments.training.should_save:
+            return
         if not self._is_partial():
-            save(self.loaded, folder, dtype)
+            save(self.loaded, folder, state=state)
             return
         if isinstance(self.model, PeftModel):
-            lora.save(self.model, folder, self.arguments.model.model_name_or_path)
+            lora.save(self.model, folder, self.arguments.model.model_name_or_path, state)
         else:
-            lora.save_projector(self._trainable(), folder / PROJECTOR_FILE)
+            lora.save_projector(state, folder / PROJECTOR_FILE)
         write_settings(self.loaded, folder)
         write_json(folder / "config.json", self._original_config(folder))
 
@@ -199,7 +261,7 @@ class Exporter:
         values.update(
             model_type=f"llava_{text.model_type}",
             architectures=["LlavaLlamaForCausalLM"],
-            mm_projector_type="mlp2x_gelu",
+            mm_projector_type=type_of(config),
             mm_hidden_size=config.vision_config.hidden_size,
             mm_vision_select_layer=config.vision_feature_layer,
             mm_vision_select_feature=features[config.vision_feature_select_strategy],

@@ -188,27 +188,38 @@ def is_shard(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """The shape of `parameter`, of which the process may hold a share only."""
+    return parameter.ds_shape if is_shard(parameter) else parameter.shape
+
+
 @contextmanager
-def gathered(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside, `parameters` are whole on every process. To be entered by all, in one order."""
+def gathered(parameters: Iterable[torch.nn.Parameter], rewrite: bool = False) -> Iterator[None]:
+    """Inside, `parameters` are whole on every process. To be entered by all, in one order.
+
+    With `rewrite`, what the first process has put into them is kept.
+    """
     shards = [parameter for parameter in parameters if is_shard(parameter)]
     if not shards:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(shards):
+    with deepspeed.zero.GatheredParameters(shards, modifier_rank=0 if rewrite else None):
         yield
 
 
-def collect(named: Iterable[tuple[str, torch.nn.Parameter]], keep: bool) -> State:
-    """Whole tensors on the CPU by name; gathered one at a time, so that one alone is ever whole.
+def collect(
+    named: Iterable[tuple[str, torch.nn.Parameter]], dtype: torch.dtype | None, keep: bool
+) -> State:
+    """Whole tensors on the CPU by name, as `dtype` unless that is None.
 
-    To be called by all processes; those without `keep` help gathering and get nothing.
+    Gathered one at a time, so that one alone is ever whole. To be called by all processes; those
+    without `keep` help gathering and get nothing.
     """
     state: State = {}
     for name, parameter in named:
         with gathered([parameter]):
-            if keep:
-                state[name] = parameter.detach().to("cpu", copy=is_shard(parameter)).contiguous()
+            if keep:  # a copy: DeepSpeed's parameters are views of one large buffer
+                state[name] = parameter.detach().to("cpu", dtype, copy=True).contiguous()
     return state
