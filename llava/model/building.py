@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import set_zero3_state
 
 from llava.errors import UsageError
 
@@ -23,6 +25,9 @@ def build(
 
     Raises UsageError naming the weights when one is missing, left over or of another shape.
     """
+    if is_deepspeed_zero3_enabled():  # it shards while it builds, and checks nothing
+        with set_zero3_state():
+            skeleton(cls, config, state, where)
     with quiet_transformers():
         model, info = cls.from_pretrained(
             None,
