@@ -41,6 +41,7 @@ from .assemble import (
 )
 from .projector import check_projector_size, read_projector, with_projector
 from .weights import (
+    PROJECTOR,
     canonical,
     find_directory,
     make_config,
@@ -104,17 +105,36 @@ def inspect(path: str | Path) -> Kind:
     if (folder / PROJECTOR_FILE).is_file() and not has_weights:
         return Kind.PROJECTOR_ONLY
     if not has_config:
-        raise UsageError(
-            f"{folder}: no model in this directory: it has neither config.json nor "
-            f"{lora.ADAPTER_CONFIG} nor {PROJECTOR_FILE}"
-        )
+        raise UsageError(f"{folder}: {_what_is_there(folder, has_weights)}")
     if not has_weights:
-        raise UsageError(f"{folder}: config.json without weights (model.safetensors or .bin)")
+        raise UsageError(
+            f"{folder}: config.json without weights (model.safetensors or "
+            "pytorch_model.bin, whole or with an index); copy them, or finish the download"
+        )
     values = read_json(folder / "config.json")
-    return Kind.LLAVA_FULL if _is_original(values) else _hugging_face_kind(folder, values)
+    return Kind.LLAVA_FULL if is_original(values) else _hugging_face_kind(folder, values)
 
 
-def _is_original(values: dict[str, Any]) -> bool:
+def _what_is_there(folder: Path, has_weights: bool) -> str:
+    """Why a folder without any configuration cannot be loaded, and what to do."""
+    names = {path.name for path in folder.iterdir()}
+    runs = sorted(name for name in names if re.fullmatch(r"checkpoint-\d+", name))
+    if has_weights:
+        return "weights without config.json; copy it from where the weights came from"
+    if any(name.startswith("adapter_model.") for name in names):
+        return f"a LoRA's weights without {lora.ADAPTER_CONFIG}; copy it from the same run"
+    if lora.NON_LORA in names:
+        return f"{lora.NON_LORA} without its LoRA; copy {lora.ADAPTER_CONFIG} and adapter_model.*"
+    if runs:
+        return f"no model in this directory, but {', '.join(runs[:5])} in it; name one of them"
+    return (
+        f"no model in this directory: it has neither config.json nor {lora.ADAPTER_CONFIG} nor "
+        f"{PROJECTOR_FILE}; name the folder that holds them"
+    )
+
+
+def is_original(values: dict[str, Any]) -> bool:
+    """Whether a config.json is one that LLaVA itself wrote."""
     architectures = values.get("architectures") or []
     return "mm_vision_tower" in values or any(_ORIGINAL.fullmatch(a) for a in architectures)
 
@@ -138,11 +158,14 @@ def read(folder: Path, kind: Kind, base: str | Path | None) -> Source:
     if kind in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY):
         return _read_on_base(folder, kind, base)
     if kind is Kind.HF_OTHER:
-        raise UsageError(f"{folder}: a vision-language model, but no LLaVA-1.5")
+        raise UsageError(
+            f"{folder}: a vision-language model, but no LLaVA-1.5; it can score a pool "
+            "(python -m selection extract), not be trained or converted here"
+        )
     values = read_json(folder / "config.json")
-    settings = _settings(folder, values)
+    settings = settings_in(folder)
     if kind is Kind.LLAVA_FULL:
-        text_config = _original_text_config(folder, values)
+        text_config = original_text_config(folder, values)
         return _with_tower(folder, values, text_config, canonical(read_weights(folder)), [folder])
     if kind is Kind.LANGUAGE_MODEL:
         return Source(*read_language_model(folder), settings, [folder], [])
@@ -161,7 +184,7 @@ def _read_on_base(folder: Path, kind: Kind, base: str | Path | None) -> Source:
     base_folder = find_directory(base)
     base_kind = inspect(base_folder)
     if base_kind in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY):
-        raise UsageError(f"--model-base {base}: is itself {base_kind}; it must be a whole model")
+        raise UsageError(f"--model-base {base}: is itself {base_kind}; give a whole model")
     source = read(base_folder, base_kind, None)
     config_path = folder / "config.json"
     values = read_json(config_path) if config_path.is_file() else {}
@@ -170,14 +193,21 @@ def _read_on_base(folder: Path, kind: Kind, base: str | Path | None) -> Source:
     else:
         state = with_projector(source.state, read_projector(folder / PROJECTOR_FILE))
     folders = [folder, *source.tokenizer_folders]
-    if not isinstance(source.config, LlavaConfig) and "mm_vision_tower" in values:
-        return _with_tower(folder, values, source.config, state, folders)
-    if not isinstance(source.config, LlavaConfig) and kind is Kind.PROJECTOR_ONLY:
-        raise UsageError(
-            f"{folder}: needs a config.json that names mm_vision_tower; copy it from where the "
-            "projector was trained, or give a whole LLaVA as --model-base"
-        )
-    settings = {**source.settings, **_settings(folder, values, partial=True)}
+    if not isinstance(source.config, LlavaConfig):
+        has_projector = any(name.startswith(PROJECTOR) for name in state)
+        if "mm_vision_tower" in values:
+            if not has_projector:
+                raise UsageError(
+                    f"{folder}: no {lora.NON_LORA}, which holds the projector; copy it from the "
+                    "same run, or give the whole LLaVA it was trained on as --model-base"
+                )
+            return _with_tower(folder, values, source.config, state, folders)
+        if has_projector:
+            raise UsageError(
+                f"{folder}: needs a config.json that names mm_vision_tower; copy it from where it "
+                "was trained, or give a whole LLaVA as --model-base"
+            )
+    settings = {**source.settings, **settings_in(folder, partial=True)}
     places = source.image_folders
     return Source(source.config, state, settings, folders, places, source.vision_tower)
 
@@ -194,7 +224,8 @@ def _recorded_base(folder: Path) -> str:
     return ""
 
 
-def _original_text_config(folder: Path, values: dict[str, Any]) -> PreTrainedConfig:
+def original_text_config(folder: Path, values: dict[str, Any]) -> PreTrainedConfig:
+    """The language model's part of a config.json that LLaVA itself wrote; UsageError on others."""
     kind = str(values.get("model_type"))
     text_kind = "llama" if kind == "llava" else kind.removeprefix("llava_")
     if text_kind == kind:
@@ -224,10 +255,10 @@ def _with_tower(
     if tower and "vision_config" in values:  # complete in itself: no other folder is needed
         vision_config = make_config(values["vision_config"], folder / "config.json")
     else:
-        tower_folder = _tower_folder(folder, name)
-        image_folders.append(tower_folder)
-        vision_config = read_vision_config(tower_folder)
-        tower = tower or read_vision_tower(tower_folder)[1]
+        place = tower_folder(folder, name)
+        image_folders.append(place)
+        vision_config = read_vision_config(place)
+        tower = tower or read_vision_tower(place)[1]
     check_projector_size(projector, vision_config, text_config, folder)
     vocab_size = load_tokenizer(tokenizer_folder(tokenizer_folders)).vocab_size
     config, full = combine(
@@ -236,14 +267,15 @@ def _with_tower(
         values.get("mm_vision_select_layer", -2),
         FEATURES.get(values.get("mm_vision_select_feature", "patch"), "default"),
     )
-    settings = _settings(folder, values)
+    settings = settings_in(folder)
     full = state.on(full) if isinstance(state, lora.Merged) else full
     if name and (folder / name).is_dir():
         name = str((folder / name).resolve())
     return Source(config, full, settings, tokenizer_folders, image_folders, name)
 
 
-def _tower_folder(folder: Path, name: str | None) -> Path:
+def tower_folder(folder: Path, name: str | None) -> Path:
+    """The directory of the vision tower that a checkpoint names; UsageError if there is none."""
     if not name:
         raise UsageError(
             f"{folder}: config.json does not name its vision tower; add mm_vision_tower, for "
@@ -258,11 +290,13 @@ def _tower_folder(folder: Path, name: str | None) -> Path:
         ) from error
 
 
-def _settings(folder: Path, values: dict[str, Any], partial: bool = False) -> dict[str, Any]:
+def settings_in(folder: Path, partial: bool = False) -> dict[str, Any]:
     """How to prepare samples: llava.json, else LLaVA's config.json, else LLaVA-1.5's defaults.
 
     `partial` leaves the defaults out.
     """
+    config = folder / "config.json"
+    values = read_json(config) if config.is_file() else {}
     found = {} if partial else dict(DEFAULTS)
     for key, original in (
         ("image_aspect_ratio", "image_aspect_ratio"),
