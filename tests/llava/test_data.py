@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from llava.conversation import get_template
 from llava.data import (
@@ -313,6 +314,32 @@ def test_every_full_step_has_one_modality_and_balanced_devices() -> None:
         assert len({lengths[row] > 0 for row in step}) == 1
         shares = [sum(abs(lengths[row]) for row in step[k : k + 4]) for k in (0, 4)]
         assert abs(shares[0] - shares[1]) <= max(abs(lengths[row]) for row in step)
+
+
+@pytest.mark.parametrize(("n_ranks", "accumulation"), [(1, 1), (1, 3), (2, 1), (2, 2)])
+def test_a_global_step_has_one_modality_on_all_ranks(n_ranks: int, accumulation: int) -> None:
+    """Dealt to ranks by the class that the Trainer deals with; each rank has its own sampler."""
+    lengths = [n % 37 + 1 if n % 3 else -(n % 23 + 1) for n in range(1, 331)]
+    batch_size, size = 4, 4 * n_ranks * accumulation
+    shards = []
+    for rank in range(n_ranks):
+        sampler = ModalityLengthSampler(lengths, batch_size, n_ranks * accumulation, seeded(7))
+        batches = BatchSampler(sampler, batch_size, drop_last=False)
+        shards.append(list(BatchSamplerShard(batches, n_ranks, rank)))
+    assert len({len(shard) for shard in shards}) == 1  # ranks run the same number of batches
+    steps = [
+        [row for shard in shards for batch in shard[k : k + accumulation] for row in batch]
+        for k in range(0, len(shards[0]), accumulation)
+    ]
+    order = list(ModalityLengthSampler(lengths, batch_size, n_ranks * accumulation, seeded(7)))
+    for k, step in enumerate(steps[:-1]):
+        assert sorted(step) == sorted(order[k * size : (k + 1) * size])
+    assert {row for step in steps for row in step} == set(range(len(lengths)))
+    mixed = [k for k, step in enumerate(steps) if len({lengths[row] > 0 for row in step}) > 1]
+    n_left = sum(
+        n % size or size for n in (sum(x > 0 for x in lengths), sum(x < 0 for x in lengths))
+    )
+    assert set(mixed) <= set(range((len(lengths) - n_left) // size, len(steps)))
 
 
 def test_rows_without_words_are_refused() -> None:
