@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
+from transformers.integrations import integration_utils
 
 from llava.conversation import get_template
 from llava.data import Collator, ConversationDataset, load_records
-from llava.errors import UsageError, run_main
+from llava.errors import UsageError, UserError
 from llava.model.checkpoint import Loaded
+from llava.model.weights import write_json
 
+from . import checkpoints, ranks, zero
 from .arguments import Arguments, parse
+from .identity import FILE, check_same, identity
+from .interrupt import Interrupt, Preempted, StopAtSignal
 from .stages import Exporter, load_model, prepare
-from .trainer import LlavaTrainer, last_checkpoint
+from .trainer import LlavaTrainer
 
 
-def make_dataset(arguments: Arguments, loaded: Loaded) -> ConversationDataset:
-    """The records of `--data_path`; UsageError if they need images that cannot be had."""
+def make_dataset(
+    arguments: Arguments, loaded: Loaded, path: str | None = None
+) -> ConversationDataset:
+    """The records of `path`, by default `--data_path`.
+
+    Raises UsageError if they need images that cannot be had.
+    """
     data = arguments.data
+    path = path or data.data_path
     folder = Path(data.image_folder or ".")
     if not folder.is_dir():
         raise UsageError(f"--image_folder {folder}: no such directory")
-    records = load_records(data.data_path)
+    records = load_records(path)
     if loaded.image_processor is None and any(record.has_image for record in records):
-        raise UsageError(f"{data.data_path}: has images; give --vision_tower and --image_folder")
+        raise UsageError(f"{path}: has images; give --vision_tower and --image_folder")
     template = get_template(loaded.template_name)
     roots = [Path(root) for root in data.image_roots]
     return ConversationDataset(
@@ -49,40 +64,175 @@ def make_collator(loaded: Loaded) -> Collator:
 def train(arguments: Arguments) -> None:
     """Run one stage of training and write its model to `--output_dir`.
 
-    A run that was interrupted goes on from its newest checkpoint, if it wrote any.
+    A run that was interrupted goes on from its newest complete checkpoint; one that is done says
+    so. Raises Preempted after a signal, when a checkpoint is written.
     """
     flags = arguments.training
-    set_seed(flags.seed)
+    check_trackers(flags.report_to)
+    zero.start(flags)
+    with Interrupt() as interrupt:
+        set_seed(flags.seed)
+        output_dir = Path(flags.output_dir)
+        run = ranks.from_main(lambda: identity(arguments))
+        if ranks.from_main(lambda: is_done(output_dir, run)):
+            return
+        resumed = ranks.from_main(lambda: resume_point(arguments, run))
+        trainer, exporter = make_trainer(arguments, run)
+        stop = StopAtSignal(interrupt)
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=resumed)
+        if stop.stopped:
+            raise Preempted(
+                f"{interrupt.received or 'a signal'}: stopped after step "
+                f"{trainer.state.global_step} of {trainer.state.max_steps}, its checkpoint is "
+                "complete; the same command goes on"
+            )
+        finish(trainer, exporter, run)
+
+
+def check_trackers(names: list[str]) -> None:
+    """UsageError with the remedy if a tracker of `--report_to` is not installed."""
+    for name in names:
+        available = getattr(integration_utils, f"is_{name}_available", None)
+        if available is not None and not available():
+            raise UsageError(
+                f"--report_to {name}: not installed; pip install {name}, or --report_to none"
+            )
+
+
+def is_done(output_dir: Path, run: dict) -> bool:
+    """Whether the final model of this very run is there, and whole; UsageError if of another."""
+    if not (output_dir / checkpoints.MARKER).is_file():
+        return False
+    check_same(output_dir, run)
+    reason = checkpoints.flaw(output_dir)
+    if reason is None:
+        print(f"{output_dir}: already trained with these flags; nothing to do", file=sys.stderr)
+        return True
+    print(f"{output_dir}: {reason}; the model is written again", file=sys.stderr)
+    return False
+
+
+def resume_point(arguments: Arguments, run: dict) -> str | None:
+    """The newest complete checkpoint; UsageError if it is of another run."""
+    output_dir = Path(arguments.training.output_dir)
+    if output_dir.resolve() == Path(arguments.model.model_name_or_path).resolve():
+        raise UsageError(f"--output_dir {output_dir}: is the model itself; give another directory")
+    newest = checkpoints.set_aside(output_dir)
+    if newest is None:
+        return None
+    check_same(newest, run)
+    if zero.enabled(arguments.training):
+        checkpoints.check_owner(newest)
+    return str(newest)
+
+
+def make_trainer(arguments: Arguments, run: dict) -> tuple[LlavaTrainer, Exporter]:
+    """Model and data of the flags, ready to train, and what writes the result."""
     loaded = load_model(arguments)
-    dataset = make_dataset(arguments, loaded)
+    data = make_dataset(arguments, loaded)
+    held_out = arguments.data.eval_data_path
     model = prepare(arguments, loaded)
     exporter = Exporter(arguments, loaded, model)
+
+    def export(folder: Path) -> None:
+        exporter.checkpoint(folder)
+        if ranks.rank() == 0:
+            write_json(folder / FILE, run)
+
     trainer = LlavaTrainer(
         model=model,
-        args=flags,
-        train_dataset=dataset,
+        args=arguments.training,
+        train_dataset=data,
         data_collator=make_collator(loaded),
-        export=exporter.checkpoint,
+        eval_dataset=make_dataset(arguments, loaded, held_out) if held_out else None,
+        export=export,
         restore=exporter.restore,
     )
-    if trainer.is_world_process_zero():
-        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(
-            f"{len(dataset)} samples, {n_trained:,} trainable parameters, "
-            f"{flags.device.type}, {flags.compute_dtype}",
-            file=sys.stderr,
-        )
-    trainer.train(resume_from_checkpoint=last_checkpoint(flags.output_dir))
-    if trainer.is_world_process_zero():
+    return trainer, exporter
+
+
+def finish(trainer: LlavaTrainer, exporter: Exporter, run: dict) -> None:
+    """Evaluate where the last step was not, write the final model and mark it complete."""
+    if trainer.eval_dataset is not None and not _evaluated(trainer.state):
+        trainer.evaluate()
+    output_dir = Path(trainer.args.output_dir)
+    main = trainer.is_world_process_zero()
+    if main:
+        (output_dir / checkpoints.MARKER).unlink(missing_ok=True)
         trainer.save_state()
-        exporter.final()
-        print(f"wrote {flags.output_dir}", file=sys.stderr)
+    before = _inodes(output_dir)
+    exporter.final()
+    if main:
+        write_json(output_dir / FILE, run)
+    written = {name for name, inode in _inodes(output_dir).items() if before.get(name) != inode}
+    checkpoints.mark_complete(output_dir, written)
+    if main:
+        print(f"wrote {output_dir}", file=sys.stderr)
 
 
-def main() -> None:
+def _evaluated(state: object) -> bool:
+    return any("eval_loss" in e and e["step"] == state.global_step for e in state.log_history)
+
+
+def _inodes(folder: Path) -> dict[str, int]:
+    """Files are written aside and renamed: what is new has another number."""
+    if not folder.is_dir():
+        return {}
+    return {entry.name: entry.inode() for entry in os.scandir(folder) if entry.is_file()}
+
+
+def main(attention: str | None = None) -> None:
+    """Train as the command line says; `attention` is used where it names no other."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    train(parse(sys.argv[1:]))
+    argv = sys.argv[1:]
+    arguments = parse([word for word in argv if word not in ("--plan", "--json")])
+    arguments.model.attn_implementation = arguments.model.attn_implementation or attention
+    if "--plan" in argv:
+        from .plan import print_plan
+
+        print_plan(arguments, as_json="--json" in argv)
+    else:
+        train(arguments)
+
+
+class Interrupted(UserError):
+    """Ended from the keyboard."""
+
+    exit_code = 130
+
+
+def program(main: Callable[[], None]) -> None:
+    """Run `main` as one process of a run; an error decides the exit code.
+
+    A UserError is one line, said by one process. Any other error is a traceback, which torchrun
+    shows again in its summary; processes that only fail because of another's error are silent.
+    """
+    record(lambda: _spoken(main))()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _spoken(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except Preempted as stop:
+        _end(stop, "")
+    except UserError as error:
+        _end(error, "error: ")
+    except KeyboardInterrupt:
+        _end(Interrupted("interrupted; run the same command again to continue"), "")
+    except Exception:
+        if ranks.said():
+            sys.exit(1)
+        raise
+
+
+def _end(error: UserError, prefix: str) -> None:
+    if ranks.first_to_say():
+        print(f"{prefix}{error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    program(main)

@@ -1,10 +1,30 @@
-"""The file that LLaVA's scripts launch; the same as `python -m llava.train`.
+"""The file that LLaVA's scripts launch: flash attention where its package and a GPU are.
 
-It once chose flash attention. PyTorch's own attention, used now, is as lean and needs no package.
+Without them PyTorch's own attention is used, which keeps no attention matrix either.
 """
 
-from llava.errors import run_main
-from llava.train.__main__ import main
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+# A file that is run finds the modules beside it, not the package it belongs to.
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch  # noqa: E402
+
+from llava.train import ranks  # noqa: E402
+from llava.train.__main__ import main, program  # noqa: E402
+
+
+def lean_attention() -> str:
+    """What `--attn_implementation` is here when it is not given; says so if it is not flash."""
+    if find_spec("flash_attn") and torch.cuda.is_available():
+        return "flash_attention_2"
+    if ranks.is_first_here():
+        missing = "a GPU" if find_spec("flash_attn") else "the package flash_attn"
+        print(f"no flash attention without {missing}: PyTorch's own is used", file=sys.stderr)
+    return "sdpa"
+
 
 if __name__ == "__main__":
-    run_main(main)
+    program(lambda: main(attention=lean_attention()))

@@ -1,14 +1,16 @@
-"""Hugging Face's Trainer with LLaVA's sampler, learning rates and freezing, and with a guard.
+"""Hugging Face's Trainer with LLaVA's sampler, learning rates and freezing, and with guards.
 
 The loss is the mean over all supervised tokens of an optimizer step, on every device and in every
 accumulated batch (LLaVA averaged each micro-batch by itself). Logits are computed at supervised
 positions only. A step whose loss or gradient is not finite stops the run before weights change
-(promise P18).
+(promise P18). A checkpoint counts once it is marked complete (P14), and holds what makes a resumed
+run equal to one that never stopped (P15).
 """
 
 from __future__ import annotations
 
-import sys
+import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,54 +20,24 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.utils.data import Dataset, Sampler
-from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.models.llava.modeling_llava import LlavaModel
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_pt_utils import nested_gather
 
-from llava.data import Collator, ConversationDataset, ModalityLengthSampler
-from llava.errors import DataError, NonFiniteError, UserError
-from llava.model.weights import State
+from llava.data import ConversationDataset, ModalityLengthSampler
+from llava.errors import DataError, NonFiniteError
+from llava.model.weights import write_json
 from llava.tokens import IGNORE_INDEX
 
+from . import checkpoints, ranks, zero
+from .evaluation import held_out_loss
+from .numbered import NumberedCollator, NumberedDataset
+from .progress import Meter, Progress
+
 MASKED_LIMIT = 10  # optimizer steps in a row without a supervised token before the run stops
+METERS = "meters.json"
 _PROJECTORS = ("multi_modal_projector", "mm_projector")
-
-
-class NumberedDataset(Dataset):
-    """Items with their row; an unusable sample is handed on as its error.
-
-    An error that crosses from a loader process by itself would arrive as a page of traceback.
-    """
-
-    def __init__(self, dataset: ConversationDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> tuple[int, Any]:
-        try:
-            return row, self.dataset[row]
-        except UserError as error:
-            return row, error
-
-
-class NumberedCollator:
-    """Batches that know their rows, or the error that one of their samples met."""
-
-    def __init__(self, collator: Collator) -> None:
-        self.collator = collator
-
-    def __call__(self, items: Sequence[tuple[int, Any]]) -> dict[str, Any]:
-        rows = [row for row, _ in items]
-        try:
-            for _, item in items:
-                if isinstance(item, UserError):
-                    raise item
-            return {**self.collator([item for _, item in items]), "rows": rows}
-        except UserError as error:
-            return {"error": error, "rows": rows}
+_SHOWN = 64  # rows in an error
 
 
 class EpochSampler(ModalityLengthSampler):
@@ -124,11 +96,12 @@ class LlavaTrainer(transformers.Trainer):
     """Trainer for a LLaVA or a language model alone.
 
     Args:
-        export: writes the model as it is now, ready to use, into a folder.
+        export: writes the model as it is now, ready to use, into a folder; on every process.
         restore: puts back the weights that a checkpoint folder holds.
+        eval_dataset: held-out samples for `evaluate`.
 
     `train` raises NonFiniteError, or DataError for a sample that cannot be used and when nothing
-    is supervised.
+    is supervised: on every process, so that none waits for another.
     """
 
     loss_is_scaled_for_ga = True  # see `supervised_loss`
@@ -139,21 +112,25 @@ class LlavaTrainer(transformers.Trainer):
         export: Callable[[Path], None],
         restore: Callable[[Path], None],
         train_dataset: ConversationDataset,
-        data_collator: Collator,
+        data_collator: Callable[[Sequence[dict]], dict[str, Any]],
+        eval_dataset: ConversationDataset | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             train_dataset=NumberedDataset(train_dataset),
+            eval_dataset=None if eval_dataset is None else NumberedDataset(eval_dataset),
             data_collator=NumberedCollator(data_collator),
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # count the supervised tokens of a whole step
         self.export, self.restore = export, restore
         self.masked_steps = self.supervised_steps = 0
-        self.rows: list[int] = []
+        self.step_rows: list[int] = []
+        self.meter = Meter()
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(Progress(bar=not self.args.disable_tqdm))
+        self.add_callback(Progress(not self.args.disable_tqdm, self.meter, len(train_dataset)))
+        self.add_callback(Resumed(self))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if not self.args.group_by_modality_length:
@@ -174,7 +151,7 @@ class LlavaTrainer(transformers.Trainer):
         if rate is None:
             return optimizer
         named = (model or self.model).named_parameters()
-        projector = {id(p) for name, p in named if any(key in name for key in _PROJECTORS)}
+        projector = {id(p) for name, p in named if any(part in name for part in _PROJECTORS)}
         for group in list(optimizer.param_groups):
             own = [p for p in group["params"] if id(p) in projector]
             if own:
@@ -183,23 +160,31 @@ class LlavaTrainer(transformers.Trainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
-    def get_batch_samples(self, *args: Any) -> tuple[list, torch.Tensor | int]:
+    # ---- a step ----------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any) -> tuple[list, int]:
         """The batches of one step and their number of supervised tokens, over all devices."""
         batches, n_tokens = super().get_batch_samples(*args)
+        self.step_rows = [row for batch in batches for row in batch["rows"]]
         if n_tokens == 0:
             self.masked_steps += 1
             if self.masked_steps >= MASKED_LIMIT:
                 raise DataError(self._all_masked(f"{MASKED_LIMIT} steps in a row"))
-            return batches, n_tokens + 1  # a loss of 0 instead of 0 / 0
+            return batches, 1  # a loss of 0 instead of 0 / 0
         self.masked_steps = 0
         self.supervised_steps += 1
         return batches, n_tokens
 
-    def _get_num_items_in_batch(self, batches: list, device: torch.device) -> torch.Tensor | int:
-        for batch in batches:
-            if "error" in batch:
-                raise batch["error"]
-        return super()._get_num_items_in_batch(batches, device)
+    def _get_num_items_in_batch(self, batches: list, device: torch.device) -> int:
+        """Supervised tokens of the step, in one exchange with all else that processes share."""
+        errors = [batch["error"] for batch in batches if "error" in batch]
+        names = ("n_supervised", "n_tokens", "n_samples")
+        own = [sum(batch.get(name, 0) for batch in batches) for name in names]
+        *counts, n_errors = ranks.total([*own, len(errors)])
+        if n_errors:
+            ranks.agree(errors[0] if errors else None)
+        self.meter.add(samples=counts[2], tokens=counts[1])
+        return (counts if self.args.average_tokens_across_devices else own)[0]
 
     def _all_masked(self, when: str) -> str:
         return (
@@ -214,52 +199,120 @@ class LlavaTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        self.rows = inputs.pop("rows")
-        dummy = inputs.pop("pixel_values") if inputs.pop("dummy_image", False) else None
+        rows = inputs["rows"]
         # Devices average their gradients, but the loss is already divided by the tokens of all.
         world_size = self.args.world_size if self.args.average_tokens_across_devices else 1
-        with nullcontext() if dummy is None else seen_beside(self.model, dummy):
-            loss = supervised_loss(model, inputs, num_items_in_batch) * world_size
-        if not torch.isfinite(loss):
-            raise NonFiniteError(self._not_finite(f"loss is {loss.item()}"))
+        loss = self._loss(model, inputs, num_items_in_batch) * world_size
+        finite = bool(torch.isfinite(loss))
+        if ranks.any_of(not finite):
+            ranks.agree(None if finite else self._not_finite(f"loss is {loss.item()}", rows))
         return loss
+
+    def _loss(self, model: torch.nn.Module, inputs: dict[str, Any], n_tokens: int) -> torch.Tensor:
+        dummy = inputs.pop("pixel_values") if inputs.pop("dummy_image", False) else None
+        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+        with nullcontext() if dummy is None else seen_beside(self.model, dummy):
+            return supervised_loss(model, tensors, n_tokens)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         # With float16, overflow is normal: the loss scaler skips the step and scales less.
         if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
-            raise NonFiniteError(self._not_finite(f"gradient's norm is {float(norm)}"))
+            rows = sorted(row for part in ranks.gathered(self.step_rows) for row in part)
+            raise self._not_finite(f"gradient's norm is {float(norm)}", rows)
         return norm
 
-    def _not_finite(self, what: str) -> str:
-        return (
+    def _not_finite(self, what: str, rows: Sequence[int]) -> NonFiniteError:
+        names = [self.train_dataset.name(row) for row in rows[:_SHOWN]]
+        more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+        return NonFiniteError(
             f"step {self.state.global_step + 1}: the {what}; nothing was changed by it. Rows of "
-            f"the last batch, counted from 0: {', '.join(map(str, self.rows))}. Lower the "
+            f"the batch, counted from 0: {', '.join(names)}{more}. Look at them, lower the "
             "learning rate, or use --bf16 instead of --fp16"
         )
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().train(*args, **kwargs)
-        if not self.supervised_steps and self.state.global_step:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with the speed since the last line."""
+        if "loss" in logs:
+            logs.update(self.meter.rates())
+        super().log(logs, start_time)
+
+    # ---- a run -----------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        self.resumed_from = resume_from_checkpoint
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if not self.supervised_steps and self.state.global_step > self._initial_global_step:
             raise DataError(self._all_masked("the whole run went by"))
         return result
 
-    def _save(self, output_dir: str | None = None, state_dict: State | None = None) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # else resumed when all was done
+            super()._run_epoch(*args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss over the supervised tokens of the held-out samples; see `held_out_loss`."""
+        started = time.monotonic()
+        self.model.eval()
+        loss, n_tokens = held_out_loss(
+            self._summed_loss,
+            self.eval_dataset,
+            self.data_collator,
+            self.args.eval_batch_size,
+            self.args.dataloader_num_workers,
+        )
+        self.model.train()
+        values = {"loss": loss, "tokens": n_tokens, "runtime": time.monotonic() - started}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    @torch.no_grad()
+    def _summed_loss(self, batch: dict[str, Any]) -> tuple[float, int]:
+        with self.compute_loss_context_manager():
+            loss = self._loss(self.model, self._prepare_inputs(dict(batch)), 1)
+        return loss.item(), batch["n_supervised"]
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Export the model as it is now; to be called by all processes."""
+        self.export(Path(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        output_dir = Path(self.args.output_dir)
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        if ranks.from_main((folder / checkpoints.MARKER).exists):
+            return  # this step was saved a moment ago, before its epoch ended
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self._save_meters(folder)
+        checkpoints.mark_complete(folder)
         if self.args.should_save:
-            self.export(Path(output_dir or self.args.output_dir))
+            checkpoints.rotate(output_dir, limit, self.state.best_model_checkpoint)
+
+    def _save_meters(self, folder: Path) -> None:
+        """The losses since the last line of the log: a resumed run's curve is the same."""
+        losses = nested_gather(self._tr_loss, self.args.parallel_mode).flatten().tolist()
+        if self.args.should_save:
+            write_json(folder / METERS, {"losses": losses, "since": self._globalstep_last_logged})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.restore(Path(resume_from_checkpoint))
 
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest `checkpoint-N` that was written to the end, to resume from."""
-    if not Path(output_dir).is_dir():
-        return None
-    found = get_last_checkpoint(output_dir)
-    if found is not None and not (Path(found) / "trainer_state.json").is_file():
-        return None
-    return found
+    def _load_best_model(self) -> None:
+        if zero.enabled(self.args):
+            super()._load_best_model()
+        else:
+            self.restore(Path(self.state.best_model_checkpoint))
 
 
 class EpochOrder(TrainerCallback):
@@ -272,35 +325,21 @@ class EpochOrder(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch))
 
 
-class Progress(TrainerCallback):
-    """A bar on a terminal, else one line every `logging_steps`."""
+class Resumed(TrainerCallback):
+    """Puts back what Trainer leaves out when it goes on from a checkpoint."""
 
-    def __init__(self, bar: bool) -> None:
-        self.show_bar = bar
-        self.bar: tqdm | None = None
+    def __init__(self, trainer: LlavaTrainer) -> None:
+        self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.show_bar and state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or "loss" not in logs:
+        trainer = self.trainer
+        state.compute_steps(args, state.max_steps)  # as this command says, not the interrupted one
+        if trainer.resumed_from is None:
             return
-        text = (
-            f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  "
-            f"grad {logs.get('grad_norm', float('nan')):.3f}"
-        )
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-        else:
-            print(
-                f"step {state.global_step}/{state.max_steps}  {text}", file=sys.stderr, flush=True
-            )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        saved = json.loads((Path(trainer.resumed_from) / METERS).read_text(encoding="utf-8"))
+        losses = saved["losses"]
+        mean = sum(losses) / len(losses)
+        own = losses[ranks.rank()] if len(losses) == ranks.world_size() else mean
+        trainer._tr_loss += own
+        trainer._total_loss_scalar = -mean  # the average over this call leaves them out again
+        trainer._globalstep_last_logged = saved["since"]
