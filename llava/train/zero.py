@@ -68,8 +68,13 @@ def configure(flags: transformers.TrainingArguments) -> None:
         _world_of_one()
 
 
-def check(path: Path, flags: transformers.TrainingArguments) -> dict[str, Any]:
-    """The settings in `path`, with what it leaves out taken from the flags; see `configure`."""
+def check(
+    path: Path, flags: transformers.TrainingArguments, world_size: int | None = None
+) -> dict[str, Any]:
+    """The settings in `path`, with what it leaves out taken from the flags; see `configure`.
+
+    `world_size` is that of the launcher unless given.
+    """
     settings = _read(path)
     for key, effect in _REFUSED.items():
         if key in settings:
@@ -84,7 +89,8 @@ def check(path: Path, flags: transformers.TrainingArguments) -> dict[str, Any]:
             f'{path}: "zero_optimization.stage" is {number}; write 1, 2 or 3, or train without '
             "--deepspeed"
         )
-    _settle_numbers(path, settings, flags)
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
+    _settle_numbers(path, settings, flags, world_size)
     settings.setdefault("zero_force_ds_cpu_optimizer", False)
     return settings
 
@@ -106,10 +112,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _settle_numbers(
-    path: Path, settings: dict[str, Any], flags: transformers.TrainingArguments
+    path: Path,
+    settings: dict[str, Any],
+    flags: transformers.TrainingArguments,
+    world_size: int,
 ) -> None:
     """Fill in what the flags decide; UsageError where the file decided otherwise."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     batch, steps = flags.per_device_train_batch_size, flags.gradient_accumulation_steps
     for key, value, flag in (
         ("train_micro_batch_size_per_gpu", batch, "per_device_train_batch_size"),
