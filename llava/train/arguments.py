@@ -8,7 +8,7 @@ understood.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import os
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass, field
@@ -17,27 +17,43 @@ from typing import Any, Literal, NoReturn
 import torch
 import transformers
 from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
 
 from llava.conversation import get_template
 from llava.errors import UsageError
 from llava.model.projector import layer_prefixes
 
-from . import zero
+from . import legacy, zero
 
-USAGE = (
-    "python -m llava.train --model_name_or_path DIR --data_path FILE --output_dir DIR [flags]\n"
-    "       (--help_all lists every flag of transformers.TrainingArguments as well)"
-)
-RENAMED = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
-if "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__:
-    RENAMED["gradient_checkpointing"] = "activation_checkpointing"
-# Flags of transformers.TrainingArguments that --help explains.
-COMMON = (
-    "output_dir num_train_epochs max_steps per_device_train_batch_size "
-    "gradient_accumulation_steps learning_rate weight_decay warmup_steps lr_scheduler_type "
-    "max_grad_norm optim bf16 fp16 activation_checkpointing seed logging_steps save_strategy "
-    "save_steps save_total_limit dataloader_num_workers report_to disable_tqdm"
-).split()
+USAGE = """\
+python -m llava.train --model_name_or_path DIR --data_path FILE --output_dir DIR [flags]
+
+LLaVA's flags and those of transformers.TrainingArguments, the rest of which --help_all lists.
+Names that transformers has dropped since LLaVA are understood. --plan beside the flags of a run
+prints steps, memory and hours, and trains nothing; --plan --json for programs."""
+# Flags of transformers.TrainingArguments that --help explains, in fewer words than it has.
+COMMON = {
+    "per_device_train_batch_size": "samples of a process at a time",
+    "per_device_eval_batch_size": "the same in evaluation",
+    "gradient_accumulation_steps": "batches of a process in a step",
+    "num_train_epochs": "passes over the data",
+    "max_steps": "steps, whatever the epochs; -1: as many as the epochs have",
+    "learning_rate": "at its highest",
+    "lr_scheduler_type": "linear, cosine, constant, constant_with_warmup, ...",
+    "warmup_steps": "steps of rising learning rate; below 1, a share of all steps",
+    "weight_decay": "of AdamW, biases and norms excepted",
+    "max_grad_norm": "gradients are clipped to it; 0: never",
+    "bf16": "compute in bfloat16; weights that train stay float32",
+    "fp16": "compute in float16 with loss scaling, for GPUs without bfloat16",
+    "tf32": "TensorFloat-32 products on a GPU; of no effect on the CPU",
+    "activation_checkpointing": "less memory, a third more time",
+    "deepspeed": "settings of ZeRO: scripts/zero2.json, zero3.json or zero3_offload.json",
+    "seed": "of fresh weights, dropout and the order of samples",
+    "eval_strategy": "when held-out loss is measured: no (at the end), steps or epoch",
+    "eval_steps": "steps between two evaluations",
+    "save_steps": "steps between two checkpoints",
+    "dataloader_num_workers": "processes that read images, for each training process",
+}
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -134,7 +150,9 @@ class TrainingArguments(transformers.TrainingArguments):
     save_total_limit: int | None = _flag(
         None, "checkpoints kept, the oldest are deleted; 1 keeps 2, so that one is always complete"
     )
-    report_to: str = _flag("none", "none, wandb, tensorboard, ...")
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "none, wandb, tensorboard, ..."}
+    )
     disable_tqdm: bool | None = _flag(None, "lines instead of a bar; default: if not a terminal")
     remove_unused_columns: bool = _flag(False, "must stay False")
     logging_nan_inf_filter: bool = _flag(False, "must stay False: NaN stops the run")
@@ -161,6 +179,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
 def _check_training(flags: TrainingArguments) -> None:
     """Raise UsageError on what this training cannot do, or would do other than asked."""
+    trackers, installed = set(flags.report_to), set(get_available_reporting_integrations())
     for wrong, message in (
         (flags.remove_unused_columns, "--remove_unused_columns must stay False"),
         (
@@ -196,6 +215,15 @@ def _check_training(flags: TrainingArguments) -> None:
         (
             flags.bits != 16 and not flags.lora_enable,
             f"--bits {flags.bits}: quantised weights cannot be trained; add --lora_enable True",
+        ),
+        (
+            flags.fp16 and flags.use_cpu,
+            "--fp16 True needs a GPU; on the CPU use --bf16 True, or neither",
+        ),
+        (
+            trackers - installed,
+            f"--report_to {min(trackers - installed, default=None)}: not installed; install it, or "
+            "--report_to none",
         ),
         (
             flags.n_gpu > 1,
@@ -261,12 +289,16 @@ class _Formatter(ArgumentDefaultsHelpFormatter):
     """One spelling of each flag, no list of choices that repeats the help."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=100)
+        super().__init__(prog, max_help_position=32, width=100)
 
     def _format_action_invocation(self, action: Any) -> str:
         name = action.option_strings[0]
         value = "True" if action.nargs == "?" else action.dest.split("_")[-1].upper()
         return name if action.nargs == 0 else f"{name} {value}"
+
+    def _get_help_string(self, action: Any) -> str | None:
+        given = action.default not in (None, "", False, []) and action.nargs != 0
+        return super()._get_help_string(action) if given else action.help
 
 
 class _Parser(HfArgumentParser):
@@ -277,7 +309,10 @@ class _Parser(HfArgumentParser):
 
 
 def parse(argv: list[str]) -> Arguments:
-    """Arguments from flags; UsageError if they are wrong."""
+    """Arguments from flags; UsageError if they are wrong.
+
+    Flags without effect are told on stderr, by the first process.
+    """
     parser = _Parser(
         [ModelArguments, DataArguments, TrainingArguments],
         usage=USAGE,
@@ -288,40 +323,30 @@ def parse(argv: list[str]) -> Arguments:
         argv = ["--help"]
     else:
         _shorten_help(parser)
+    words, notes = legacy.modernise(argv)
     try:
         *parts, unknown = parser.parse_args_into_dataclasses(
-            _modernised(argv), return_remaining_strings=True, look_for_args_file=False
+            words, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, ImportError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     if unknown:
-        raise UsageError(_unknown_flag(unknown[0], parser))
+        close = legacy.nearest(unknown[0], parser._option_string_actions)
+        hint = f"did you mean {close}?" if close else "see --help_all"
+        raise UsageError(f"unknown flag {unknown[0]}; {hint}")
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(note, file=sys.stderr)
     return Arguments(*parts)
 
 
 def _shorten_help(parser: HfArgumentParser) -> None:
-    own = {f.name for cls in (ModelArguments, DataArguments) for f in dataclasses.fields(cls)}
+    """Leave out what only transformers explains, and second spellings."""
     inherited = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
+    own = {name for cls in (ModelArguments, DataArguments) for name in cls.__annotations__}
+    own |= TrainingArguments.__annotations__.keys()
     for action in parser._actions:
-        hidden = action.dest in inherited and action.dest not in (*COMMON, *own)
+        action.help = COMMON.get(action.dest, action.help)
+        hidden = action.dest in inherited - own - COMMON.keys()
         if hidden or action.option_strings[0].startswith("--no_"):
             action.help = SUPPRESS
-        elif action.dest in COMMON and action.help is not None:  # transformers' run to paragraphs
-            action.help = action.help.split(". ")[0].rstrip(".").replace("\n", " ")
-
-
-def _modernised(argv: list[str]) -> list[str]:
-    """`argv` with old names replaced."""
-    words = [part for word in argv for part in _split_equals(word)]
-    return [f"--{RENAMED[word[2:]]}" if word[2:] in RENAMED else word for word in words]
-
-
-def _split_equals(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--") else [word]
-
-
-def _unknown_flag(flag: str, parser: HfArgumentParser) -> str:
-    known = list(parser._option_string_actions)
-    close = difflib.get_close_matches(flag, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else "; see --help_all"
-    return f"unknown flag {flag}{hint}"
