@@ -247,16 +247,24 @@ class ModalityLengthSampler(Sampler[int]):
 
     Args:
         lengths: (N,) words of each row, never 0, negative for text-only rows.
-        batch_size: rows of one device and step.
-        world_size: devices times gradient accumulation steps.
+        batch_size: rows of one device and micro-batch.
+        world_size: devices.
         generator: source of randomness; give every rank the same state. It advances each epoch.
+        accumulation: micro-batches of an optimizer step.
 
-    Only the last block of `2 * batch_size * world_size` rows or fewer can mix modalities.
-    Raises DataError on a zero length.
+    Only the last block of two global steps or fewer can mix modalities. The steps hold the rows
+    that LLaVA's hold, but LLaVA deals a step's rows to micro-batches as if each were a device: a
+    long row in each of them, to which the others are padded. Here the longest rows share a
+    micro-batch. Raises DataError on a zero length.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        world_size: int,
+        generator: torch.Generator,
+        accumulation: int = 1,
     ) -> None:
         if 0 in lengths:
             raise DataError(f"row {lengths.index(0)} has no words, so it cannot be grouped")
@@ -264,6 +272,7 @@ class ModalityLengthSampler(Sampler[int]):
         self.batch_size = batch_size
         self.world_size = world_size
         self.generator = generator
+        self.accumulation = accumulation
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -277,25 +286,31 @@ class ModalityLengthSampler(Sampler[int]):
         steps, leftover = [], []
         for modality in (with_image, text_only):
             lengths = [abs(self.lengths[row]) for row in modality]
-            *full, last = self._megabatches(self._grouped(modality, lengths))
+            *full, last = cut(self._grouped(modality, lengths), self._step_size)
             steps += full
             leftover += last
         order = torch.randperm(len(steps), generator=self.generator).tolist()
         return iter([row for step in order for row in steps[step]] + sorted(leftover))
 
-    def _megabatches(self, rows: Sequence[int]) -> list[Sequence[int]]:
-        size = self.batch_size * self.world_size
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+    @property
+    def _step_size(self) -> int:
+        return self.batch_size * self.world_size * self.accumulation
 
     def _grouped(self, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
-        """Shuffle, cut in global steps, and deal each so that devices get about equal work."""
+        """Shuffle, cut in global steps, sort each; deal what devices run at a time evenly."""
         shuffled = torch.randperm(len(rows), generator=self.generator).tolist()
         order: list[int] = []
-        for step in self._megabatches(shuffled):
+        for step in cut(shuffled, self._step_size):
             longest_first = sorted(step, key=lambda i: -lengths[i])
-            for share in deal_evenly(longest_first, lengths, self.world_size):
-                order += [rows[i] for i in share]
+            for together in cut(longest_first, self.batch_size * self.world_size):
+                for share in deal_evenly(together, lengths, self.world_size):
+                    order += [rows[i] for i in share]
         return order
+
+
+def cut(items: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Consecutive pieces of `size`; the last may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def deal_evenly(items: Sequence[int], lengths: Sequence[int], n_shares: int) -> list[list[int]]:

@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from transformers.integrations import integration_utils
+from transformers.utils.generic import is_flash_attention_requested
 
 from llava.conversation import get_template
 from llava.data import Collator, ConversationDataset, load_records
 from llava.errors import UsageError, UserError
 from llava.model.checkpoint import Loaded
 from llava.model.weights import write_json
+from llava.packing import PackingCollator
 
 from . import checkpoints, ranks, zero
 from .arguments import Arguments, parse
@@ -49,16 +51,20 @@ def make_dataset(
     )
 
 
-def make_collator(loaded: Loaded) -> Collator:
-    """The collator that fits the model."""
+def make_collator(loaded: Loaded, packing: bool = False) -> Collator | PackingCollator:
+    """The collator that fits the model and, with `packing`, its attention."""
     processor = loaded.image_processor
-    return Collator(
+    collator = Collator(
         pad_id=loaded.tokenizer.pad_id,
         image_token_id=loaded.image_token_id,
         n_image_tokens=loaded.n_image_tokens,
         model_max_length=loaded.model_max_length,
         image_size=None if processor is None else processor.size,
     )
+    if not packing:
+        return collator
+    attention = loaded.model.config.get_text_config()
+    return PackingCollator(collator, single_row=is_flash_attention_requested(attention))
 
 
 def train(arguments: Arguments) -> None:
@@ -144,7 +150,7 @@ def make_trainer(arguments: Arguments, run: dict) -> tuple[LlavaTrainer, Exporte
         model=model,
         args=arguments.training,
         train_dataset=data,
-        data_collator=make_collator(loaded),
+        data_collator=make_collator(loaded, arguments.training.packing),
         eval_dataset=make_dataset(arguments, loaded, held_out) if held_out else None,
         export=export,
         restore=exporter.restore,

@@ -43,8 +43,16 @@ _SHOWN = 64  # rows in an error
 class EpochSampler(ModalityLengthSampler):
     """Modality grouping whose order depends on seed and epoch only: a resumed run agrees."""
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, world_size: int, seed: int) -> None:
-        super().__init__(lengths, batch_size, world_size, torch.Generator().manual_seed(seed))
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        world_size: int,
+        seed: int,
+        accumulation: int = 1,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        super().__init__(lengths, batch_size, world_size, generator, accumulation)
         self.seed = seed
 
     def set_epoch(self, epoch: int) -> None:
@@ -138,8 +146,9 @@ class LlavaTrainer(transformers.Trainer):
         sampler = EpochSampler(
             self.train_dataset.dataset.modality_lengths(),
             self.args.train_batch_size,
-            self.args.world_size * self.args.gradient_accumulation_steps,
+            self.args.world_size,
             self.args.data_seed or self.args.seed,
+            self.args.gradient_accumulation_steps,
         )
         self.add_callback(EpochOrder(sampler))
         return sampler

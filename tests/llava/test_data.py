@@ -243,7 +243,7 @@ def test_text_only_batch_carries_a_zero_image(dataset: ConversationDataset) -> N
 def slow_modality_order(
     lengths: list[int], batch_size: int, world_size: int, generator: torch.Generator
 ) -> list[int]:
-    """The rule of the reference, section by section, without any cleverness."""
+    """LLaVA's own rule, section by section, without any cleverness."""
 
     def cut(rows: list[int]) -> list[list[int]]:
         out, step = [], []
@@ -298,6 +298,35 @@ def test_sampler_equals_the_slow_rule(lengths: list[int], batch_size: int, world
         assert sorted(order) == list(range(len(lengths))) and len(sampler) == len(lengths)
 
 
+@settings(deadline=None, max_examples=60)  # a busy machine is not a failure
+@given(
+    st.lists(st.integers(-30, 30).filter(bool), min_size=1, max_size=80),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(2, 3),
+)
+def test_accumulated_batches_are_llavas_steps_with_less_padding(
+    lengths: list[int], batch_size: int, world: int, accumulation: int
+) -> None:
+    """LLaVA deals to micro-batches as to devices; the loss of a step does not depend on that."""
+    order = list(ModalityLengthSampler(lengths, batch_size, world, seeded(3), accumulation))
+    theirs = slow_modality_order(lengths, batch_size, world * accumulation, seeded(3))
+
+    def cut(rows: list[int], size: int) -> list[list[int]]:
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def longest(rows: list[int]) -> int:
+        """What devices wait for: the longest row of each batch that they run at a time."""
+        together = cut(rows, batch_size * world)
+        return sum(max(abs(lengths[row]) for row in batch) for batch in together)
+
+    for step, their_step in zip(
+        *(cut(rows, batch_size * world * accumulation) for rows in (order, theirs)), strict=True
+    ):
+        assert sorted(step) == sorted(their_step)
+        assert longest(step) <= longest(their_step)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_one_modality_is_grouped_by_length(sign: int) -> None:
     lengths = [sign * n for n in range(1, 41)]
@@ -323,7 +352,7 @@ def test_a_global_step_has_one_modality_on_all_ranks(n_ranks: int, accumulation:
     batch_size, size = 4, 4 * n_ranks * accumulation
     shards = []
     for rank in range(n_ranks):
-        sampler = ModalityLengthSampler(lengths, batch_size, n_ranks * accumulation, seeded(7))
+        sampler = ModalityLengthSampler(lengths, batch_size, n_ranks, seeded(7), accumulation)
         batches = BatchSampler(sampler, batch_size, drop_last=False)
         shards.append(list(BatchSamplerShard(batches, n_ranks, rank)))
     assert len({len(shard) for shard in shards}) == 1  # ranks run the same number of batches
