@@ -28,6 +28,7 @@ from .sources import (
     Kind,
     Source,
     inspect,
+    preprocessor_folder,
     read,
     tokenizer_folder,
 )
@@ -172,16 +173,13 @@ def _read_files(folder: Path) -> dict[str, bytes]:
 def _image_processor(
     config: LlavaConfig, folders: list[Path], settings: dict[str, Any]
 ) -> ImageProcessor:
-    folder = next((f for f in folders if (f / PREPROCESSOR).is_file()), None)
-    if folder is None:
-        places = " or ".join(str(folder) for folder in folders)
-        raise UsageError(f"no {PREPROCESSOR} in {places}; copy the vision tower's")
+    folder = preprocessor_folder(folders)
     processor = ImageProcessor.from_pretrained(folder, settings["image_aspect_ratio"])
     expected = config.vision_config.image_size
     if processor.size != expected:
         raise UsageError(
             f"{folder / PREPROCESSOR}: makes images of {processor.size} pixels, "
-            f"the vision tower takes {expected}"
+            f"the vision tower takes {expected}; copy the tower's own"
         )
     return processor
 

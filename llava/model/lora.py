@@ -9,7 +9,7 @@ model is the root (`base_model.model.model.layers.0...`); names of Hugging Face'
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from .weights import (
 ADAPTER_CONFIG = "adapter_config.json"
 NON_LORA = "non_lora_trainables.bin"
 Factors = tuple[torch.Tensor, torch.Tensor]
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _WHOLE_LAYERS = r"model\.language_model\.layers\."
 _FACTOR = re.compile(r"(.*)\.lora_([AB])(?:\.default)?\.weight")
 # The language model's own layers, alone or inside a LLaVA; CLIP's layers have the same leaf names.
@@ -63,6 +63,11 @@ def target_pattern(model: nn.Module) -> str:
     }
     if not leaves:
         raise UsageError("LoRA: the language model has no linear layers named model.layers.*")
+    return layer_pattern(leaves)
+
+
+def layer_pattern(leaves: Iterable[str]) -> str:
+    """Regular expression for the full names of these linear maps in the language model's layers."""
     return rf"{_LAYERS}(?:.+\.)?(?:{'|'.join(sorted(leaves))})"
 
 
@@ -147,6 +152,15 @@ def read(folder: Path) -> tuple[dict[str, Factors], State]:
     return factors, replaced
 
 
+def named_factors(factors: dict[str, Factors], rename: Callable[[str], str]) -> State:
+    """PEFT's names of low-rank factors, where a weight's own name is `rename` of ours."""
+    return {
+        f"{PREFIX}{rename(name).removesuffix('.weight')}.lora_{half}.weight": tensor
+        for name, pair in factors.items()
+        for half, tensor in zip("AB", pair, strict=True)
+    }
+
+
 def _check_fits(name: str, state: State, factors: Factors, where: Path) -> None:
     if name not in state:
         raise UsageError(
@@ -185,13 +199,18 @@ def _adapter_file(folder: Path) -> Path:
     raise UsageError(f"{folder}: {ADAPTER_CONFIG} without adapter_model.safetensors or .bin")
 
 
+def bare_name(name: str) -> str:
+    """`name` without what PEFT puts in front."""
+    bare = re.sub(r"^base_model\.(?:model\.)?", "", name)
+    return re.sub(r"^model\.model\.", "model.", bare)
+
+
 def _split(tensors: State) -> tuple[dict[tuple[str, str], torch.Tensor], State]:
     """Low-rank factors by (weight adapted, "A" or "B"), and the tensors that replace a weight."""
     factors: dict[tuple[str, str], torch.Tensor] = {}
     replaced: State = {}
     for name, tensor in tensors.items():
-        bare = re.sub(r"^base_model\.(?:model\.)?", "", name)
-        bare = re.sub(r"^model\.model\.", "model.", bare)
+        bare = bare_name(name)
         match = _FACTOR.fullmatch(bare)
         if match:
             factors[canonical_name(match[1] + ".weight"), match[2]] = tensor
@@ -216,8 +235,8 @@ def save(model: PeftModel, folder: Path, base: str, state: State | None = None) 
     }
     with writing(folder / "adapter_model.safetensors") as temp:
         save_file(named, temp, metadata={"format": "pt"})
-    others = {k.removeprefix(_PREFIX): t for k, t in state.items() if k not in adapter}
-    save_projector(others, folder / NON_LORA, prefix=_PREFIX)
+    others = {k.removeprefix(PREFIX): t for k, t in state.items() if k not in adapter}
+    save_projector(others, folder / NON_LORA, prefix=PREFIX)
     write_json(folder / ADAPTER_CONFIG, _adapter_config(model, base))
 
 
@@ -242,7 +261,7 @@ def save_projector(state: State, path: Path, prefix: str = "") -> None:
 
 def _original(name: str) -> str:
     """LLaVA's name of a weight or adapter with Hugging Face's name."""
-    prefix = _PREFIX if name.startswith(_PREFIX) else ""
+    prefix = PREFIX if name.startswith(PREFIX) else ""
     return prefix + original_name(name.removeprefix(prefix))
 
 

@@ -41,6 +41,7 @@ from .assemble import (
 )
 from .projector import check_projector_size, read_projector, with_projector
 from .weights import (
+    HUB_NAME,
     PROJECTOR,
     canonical,
     find_directory,
@@ -104,19 +105,19 @@ def inspect(path: str | Path) -> Kind:
     has_config, has_weights = (folder / "config.json").is_file(), bool(weight_files(folder))
     if (folder / PROJECTOR_FILE).is_file() and not has_weights:
         return Kind.PROJECTOR_ONLY
-    if not has_config:
-        raise UsageError(f"{folder}: {_what_is_there(folder, has_weights)}")
-    if not has_weights:
-        raise UsageError(
-            f"{folder}: config.json without weights (model.safetensors or "
-            "pytorch_model.bin, whole or with an index); copy them, or finish the download"
-        )
+    if not (has_config and has_weights):
+        raise UsageError(f"{folder}: {_what_lacks(folder, has_config, has_weights)}")
+    return kind_by_config(folder)
+
+
+def kind_by_config(folder: Path) -> Kind:
+    """The kind of a whole model by its config.json alone. Raises as `inspect` does."""
     values = read_json(folder / "config.json")
     return Kind.LLAVA_FULL if is_original(values) else _hugging_face_kind(folder, values)
 
 
-def _what_is_there(folder: Path, has_weights: bool) -> str:
-    """Why a folder without any configuration cannot be loaded, and what to do."""
+def _what_lacks(folder: Path, has_config: bool, has_weights: bool) -> str:
+    """Why a folder without configuration or without weights cannot be loaded, and what to do."""
     names = {path.name for path in folder.iterdir()}
     runs = sorted(name for name in names if re.fullmatch(r"checkpoint-\d+", name))
     if has_weights:
@@ -127,6 +128,13 @@ def _what_is_there(folder: Path, has_weights: bool) -> str:
         return f"{lora.NON_LORA} without its LoRA; copy {lora.ADAPTER_CONFIG} and adapter_model.*"
     if runs:
         return f"no model in this directory, but {', '.join(runs[:5])} in it; name one of them"
+    if has_config and read_json(folder / "config.json").get("tune_mm_mlp_adapter"):
+        return f"config.json of a projector without {PROJECTOR_FILE}; copy it from the same run"
+    if has_config:
+        return (
+            "config.json without weights (model.safetensors or pytorch_model.bin, whole or with "
+            "an index); copy them, or finish the download"
+        )
     return (
         f"no model in this directory: it has neither config.json nor {lora.ADAPTER_CONFIG} nor "
         f"{PROJECTOR_FILE}; name the folder that holds them"
@@ -269,9 +277,18 @@ def _with_tower(
     )
     settings = settings_in(folder)
     full = state.on(full) if isinstance(state, lora.Merged) else full
-    if name and (folder / name).is_dir():
-        name = str((folder / name).resolve())
-    return Source(config, full, settings, tokenizer_folders, image_folders, name)
+    lasting = _lasting_name(folder, name)
+    return Source(config, full, settings, tokenizer_folders, image_folders, lasting)
+
+
+def _lasting_name(folder: Path, name: str | None) -> str | None:
+    """A tower's directory as it is found from anywhere; a hub name, or one not found, as it is."""
+    if not name or (HUB_NAME.fullmatch(name) and not (folder / name).is_dir()):
+        return name
+    try:
+        return str(find_directory(name, beside=folder).resolve())
+    except UsageError:
+        return name
 
 
 def tower_folder(folder: Path, name: str | None) -> Path:
@@ -316,3 +333,12 @@ def tokenizer_folder(folders: list[Path]) -> Path:
             return folder
     places = " or ".join(str(folder) for folder in folders)
     raise UsageError(f"no tokenizer.model or tokenizer.json in {places}; copy the base model's")
+
+
+def preprocessor_folder(folders: list[Path]) -> Path:
+    """The first of `folders` that says how images are preprocessed; UsageError if none does."""
+    for folder in folders:
+        if (folder / PREPROCESSOR).is_file():
+            return folder
+    places = " or ".join(str(folder) for folder in folders)
+    raise UsageError(f"no {PREPROCESSOR} in {places}; copy the vision tower's")

@@ -63,7 +63,7 @@ _NOT_WEIGHTS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|image
 # Keys of a configuration that choose code, files or machinery instead of describing the model.
 _NOT_MODEL = ("auto_map", "custom_pipelines", "transformers_weights", "fusion_config")
 _UNREADABLE = "check that it is a file, its owner and its mode"
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def canonical_name(name: str) -> str:
@@ -111,7 +111,7 @@ def find_directory(name: str | Path, beside: Path | None = None) -> Path:
     for place in places:
         if _is_directory(place):
             return place
-    if Path(text).exists() or not _HUB_NAME.fullmatch(text):
+    if Path(text).exists() or not HUB_NAME.fullmatch(text):
         raise UsageError(f"{text}: no such model directory")
     return _from_hub(text)
 
@@ -217,9 +217,10 @@ def _shards(index: Path) -> list[Path]:
     names = sorted(set(read_json(index).get("weight_map", {}).values()))
     if any(os.path.basename(name) != name for name in names):
         raise RefusedError(f"{index}: names a shard outside its own directory")
-    for name in names:
-        if not (index.parent / name).is_file():
-            raise UsageError(f"{index}: shard {name} is missing; finish the download")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UsageError(f"{index}: shard {missing[0]} is missing{more}; finish the download")
     return [index.parent / name for name in names]
 
 

@@ -11,7 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
+from torch import nn
 
+from llava.model import lora
 from llava.model.assemble import assemble
 from llava.model.checkpoint import Kind, Loaded, save, wrap
 from llava.model.weights import write_json
@@ -59,6 +62,27 @@ def original(tiny, parts, tmp_path) -> Path:
     torch.save(original_weights(tiny, tower=False), folder / "pytorch_model.bin")
     shutil.copy(parts / "lm/tokenizer.model", folder)
     return folder
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Make every adapter and trained weight differ from its start (lora_B begins as zeros)."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture
+def trained(tiny, parts, tmp_path) -> tuple[PeftModel, Path]:
+    """A LoRA of the tiny LLaVA in LLaVA's layout, with the model that wrote it."""
+    model = lora.attach(tiny.model, rank=3, alpha=12, dropout=0.0)
+    tiny.model.model.multi_modal_projector.requires_grad_(True)
+    randomise(model)
+    folder = tmp_path / "adapter"
+    lora.save(model, folder, base="lm")
+    shutil.copytree(parts / "clip", tmp_path / "clip")
+    write_json(folder / "config.json", {"model_type": "llava_llama", "mm_vision_tower": "../clip"})
+    return model.eval(), folder
 
 
 @pytest.fixture(scope="session")

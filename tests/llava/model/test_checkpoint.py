@@ -265,7 +265,7 @@ def test_a_save_that_fails_leaves_no_model(tiny, tmp_path, monkeypatch):
         save(tiny, tmp_path)
     monkeypatch.undo()
     assert not list(tmp_path.glob(".*"))  # no temporary file stays
-    with pytest.raises(UsageError, match="no model in this directory"):
+    with pytest.raises(UsageError, match="weights without config.json"):
         load(tmp_path)
 
 

@@ -4,41 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from llava.errors import UsageError
 from llava.model import lora
 from llava.model.assemble import assemble
 from llava.model.checkpoint import Kind, load, save
 from llava.model.weights import write_json
-
-
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Make every adapter and trained weight differ from its start (lora_B begins as zeros)."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-
-
-@pytest.fixture
-def trained(tiny, parts, tmp_path) -> tuple[PeftModel, Path]:
-    """A LoRA of the tiny LLaVA in LLaVA's layout, with the model that wrote it."""
-    model = lora.attach(tiny.model, rank=3, alpha=12, dropout=0.0)
-    tiny.model.model.multi_modal_projector.requires_grad_(True)
-    randomise(model)
-    folder = tmp_path / "adapter"
-    lora.save(model, folder, base="lm")
-    shutil.copytree(parts / "clip", tmp_path / "clip")
-    write_json(folder / "config.json", {"model_type": "llava_llama", "mm_vision_tower": "../clip"})
-    return model.eval(), folder
 
 
 def test_loads_what_was_trained(trained, parts, logits_of):

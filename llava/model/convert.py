@@ -1,0 +1,214 @@
+"""Convert between original LLaVA and Hugging Face's, and merge a LoRA or a projector into its base.
+
+target     from                                   written
+---------  -------------------------------------  ------------------------------------------------
+hf         any LLaVA; LoRA or projector + base    a llava-hf directory
+original   the same                               original LLaVA's full checkpoint, tower included
+projector  the same                               mm_projector.bin and config.json
+hf-lora    a LoRA                                 PEFT's adapter for Hugging Face's LLaVA
+lora       a LoRA                                 original LLaVA's LoRA directory
+
+Weights are mapped from their files and written one file (5 GB) at a time, so memory holds about
+two files whatever the model's size. The result appears whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlavaConfig
+
+from llava.errors import StorageError, UsageError
+
+from . import lora
+from .checkpoint import outline
+from .export import original_config, save_hf, save_original, save_projector
+from .projector import DEFAULT_TYPE, type_in
+from .sources import SETTINGS_FILE, Kind, inspect, settings_in
+from .weights import PROJECTOR, State, find_directory, read_json, write_json, writing
+
+_WHOLE = {"hf": save_hf, "original": save_original, "projector": save_projector}
+_ADAPTERS = ("hf-lora", "lora")
+TARGETS = (*_WHOLE, *_ADAPTERS)
+
+
+def convert(
+    path: str | Path,
+    target: str,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    vision_tower: str | None = None,
+) -> None:
+    """Write the LLaVA at `path` as `target`, one of TARGETS, to the new or empty folder `out`.
+
+    Args:
+        base: what a LoRA or a projector was trained on.
+        dtype: of all weights written; None keeps each as it is.
+        vision_tower: what original LLaVA's config.json is to name as its tower; None takes the
+            name in the checkpoint, or CLIP-L/336 if the tower has its shape.
+
+    Raises UsageError (nothing to convert, `out` in use, a target that cannot hold the model) and
+    all that `llava.model.checkpoint.load` raises.
+    """
+    folder = find_directory(path)
+    with whole_directory(Path(out)) as temp:
+        if target in _ADAPTERS:
+            _convert_lora(folder, target, temp, base, dtype, vision_tower)
+            return
+        loaded, source = outline(folder, base)
+        if not isinstance(loaded.model.config, LlavaConfig):
+            raise UsageError(f"{folder}: {loaded.kind}, without a vision tower; give a LLaVA")
+        loaded.vision_tower = vision_tower or loaded.vision_tower
+        _WHOLE[target](loaded, temp, dtype, source.state)
+
+
+def merge(
+    path: str | Path, base: str | Path, out: str | Path, dtype: torch.dtype | None = None
+) -> None:
+    """Merge a LoRA or a projector into the model it was trained on: a llava-hf directory."""
+    kind = inspect(path)
+    if kind not in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY):
+        raise UsageError(f"{path}: is {kind}, nothing to merge; to convert it use convert")
+    convert(path, "hf", out, base=base, dtype=dtype)
+
+
+@contextmanager
+def whole_directory(out: Path) -> Iterator[Path]:
+    """Give a folder to write to; it then appears as `out` at once. Nothing stays of a failure."""
+    out = out.expanduser().absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: exists and is not empty; give another --out or remove it")
+    temp = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(temp, ignore_errors=True)  # of a run that was killed
+        temp.mkdir(parents=True)
+        yield temp
+        os.replace(temp, out)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+        raise StorageError(
+            f"{out}: cannot write: {reason}; give --out on another disk or check its permissions"
+        ) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _convert_lora(
+    folder: Path,
+    target: str,
+    out: Path,
+    base: str | Path | None,
+    dtype: torch.dtype | None,
+    vision_tower: str | None,
+) -> None:
+    kind = inspect(folder)
+    if kind is not Kind.LLAVA_LORA:
+        raise UsageError(f"{folder}: is {kind}, no LoRA; for whole models use --to hf or original")
+    lora.scale(folder)
+    factors, others = lora.read(folder)
+    _check_portable(folder, factors, others)
+    settings = settings_in(folder, partial=True)
+    if settings:
+        write_json(out / SETTINGS_FILE, settings)
+    config = {**read_json(folder / lora.ADAPTER_CONFIG), "base_model_name_or_path": _name(base)}
+    if target == "hf-lora":
+        _write_peft(folder, factors, others, config, out, dtype)
+    else:
+        values = _lora_config(folder, out, base, vision_tower)
+        _write_original_lora(factors, others, config, out, dtype)
+        write_json(out / "config.json", values)
+
+
+def _name(base: str | Path | None) -> str | None:
+    """What an adapter's configuration says of its base: a place, or a hub name as it is."""
+    return str(Path(base).resolve()) if base and Path(base).is_dir() else base and str(base)
+
+
+def _check_portable(folder: Path, factors: dict[str, Any], others: State) -> None:
+    inside = re.compile(r"model\.language_model\.layers\.")
+    foreign = [name for name in factors if not inside.match(name)]
+    foreign += [name for name in others if not name.startswith(PROJECTOR)]
+    if foreign:
+        raise UsageError(
+            f"{folder}: also trains {min(foreign)}, which an adapter of the language model cannot "
+            "hold; merge it instead: python -m llava.model merge"
+        )
+
+
+def _write_peft(
+    folder: Path,
+    factors: dict[str, lora.Factors],
+    projector: State,
+    config: dict[str, Any],
+    out: Path,
+    dtype: torch.dtype | None,
+) -> None:
+    """PEFT's files: names of Hugging Face's LLaVA, the projector as a module it saves whole."""
+    if projector and type_in(projector, folder) != DEFAULT_TYPE:
+        raise UsageError(
+            f"{folder}: a projector of type {type_in(projector, folder)}; Hugging Face's LLaVA has "
+            f"{DEFAULT_TYPE} only"
+        )
+    named = lora.named_factors(factors, str)
+    named.update({lora.PREFIX + name: tensor for name, tensor in projector.items()})
+    _save_adapter(named, out, dtype)
+    leaves = {name.split(".")[-2] for name in factors}
+    config.update(
+        target_modules=lora.layer_pattern(leaves),
+        modules_to_save=["multi_modal_projector"] if projector else None,
+    )
+    write_json(out / lora.ADAPTER_CONFIG, config)
+
+
+def _write_original_lora(
+    factors: dict[str, lora.Factors],
+    projector: State,
+    config: dict[str, Any],
+    out: Path,
+    dtype: torch.dtype | None,
+) -> None:
+    _save_adapter(lora.named_factors(factors, lora.original_name), out, dtype)
+    if projector:
+        cast = {name: tensor.to(dtype=dtype) for name, tensor in projector.items()}
+        lora.save_projector(cast, out / lora.NON_LORA, prefix=lora.PREFIX)
+    leaves = sorted({name.split(".")[-2] for name in factors})
+    config.update(target_modules=leaves, modules_to_save=None)
+    write_json(out / lora.ADAPTER_CONFIG, config)
+
+
+def _save_adapter(named: State, out: Path, dtype: torch.dtype | None) -> None:
+    tensors = {name: tensor.to(dtype=dtype).contiguous() for name, tensor in named.items()}
+    with writing(out / "adapter_model.safetensors") as temp:
+        save_file(tensors, temp, metadata={"format": "pt"})
+
+
+def _lora_config(
+    folder: Path, out: Path, base: str | Path | None, vision_tower: str | None
+) -> dict[str, Any]:
+    """LLaVA's config.json for a LoRA: its own, or made from its base."""
+    path = folder / "config.json"
+    values = read_json(path) if path.is_file() else {}
+    if base is None and "mm_vision_tower" not in values:
+        raise UsageError(
+            f"{folder}: no config.json of LLaVA in it; give the LLaVA it was trained on with "
+            "--model-base"
+        )
+    if base is not None:
+        loaded, _ = outline(folder, base)
+        loaded.vision_tower = vision_tower or loaded.vision_tower
+        return original_config(loaded, out)
+    tower = vision_tower or values["mm_vision_tower"]
+    place = Path(tower) if vision_tower else folder / tower
+    relative = os.path.relpath(place.resolve(), out.resolve()) if place.is_dir() else tower
+    return {**values, "mm_vision_tower": relative}
