@@ -63,7 +63,7 @@ def make_collator(loaded: Loaded, packing: bool = False) -> Collator | PackingCo
     )
     if not packing:
         return collator
-    attention = loaded.model.config.get_text_config()
+    attention = loaded.model.get_decoder().config
     return PackingCollator(collator, single_row=is_flash_attention_requested(attention))
 
 
