@@ -269,7 +269,7 @@ def _vision_values(report: Report, folder: Path) -> dict[str, Any] | None:
 def _about_inputs(report: Report, folder: Path, kind: Kind | None) -> None:
     """Tokenizer, preprocessing and settings; a LoRA or projector has the base's."""
     has_own = any((folder / name).is_file() for name in TOKENIZER_FILES[:2])
-    whole = kind not in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY, Kind.HF_OTHER)
+    whole = kind in (Kind.HF_LLAVA, Kind.LLAVA_FULL, Kind.LANGUAGE_MODEL)
     if has_own or whole:
         place = report.attempt(tokenizer_folder, [folder])
         tokenizer = place and report.attempt(load_tokenizer, place)

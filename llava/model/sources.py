@@ -47,6 +47,7 @@ from .weights import (
     find_directory,
     make_config,
     read_json,
+    read_start,
     read_weights,
     weight_files,
 )
@@ -329,7 +330,10 @@ def settings_in(folder: Path, partial: bool = False) -> dict[str, Any]:
 def tokenizer_folder(folders: list[Path]) -> Path:
     """The first of `folders` that holds a vocabulary; UsageError if none does."""
     for folder in folders:
-        if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
+        found = [folder / name for name in TOKENIZER_FILES[:2] if (folder / name).is_file()]
+        for path in found:
+            read_start(path)
+        if found:
             return folder
     places = " or ".join(str(folder) for folder in folders)
     raise UsageError(f"no tokenizer.model or tokenizer.json in {places}; copy the base model's")

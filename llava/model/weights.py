@@ -244,16 +244,22 @@ def read_tensors(path: Path) -> State:
     Raises RefusedError if a pickle holds anything but tensors, StorageError if the file is
     damaged, UsageError if it cannot be opened.
     """
+    start = read_start(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_pickle(path, looks_like_pickle=start[:1] in (b"\x80", b"P"))
+
+
+def read_start(path: Path) -> bytes:
+    """The first 64 bytes of a file; UsageError if it cannot be read or Git LFS left it out."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); {_UNREADABLE}") from error
     if start.startswith(b"version https://git-lfs"):
-        raise UsageError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_pickle(path, looks_like_pickle=start[:1] in (b"\x80", b"P"))
+        raise UsageError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`")
+    return start
 
 
 def _read_safetensors(path: Path) -> State:
