@@ -24,7 +24,7 @@ case " $* " in *" --help "* | *" -h "*)
 esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/setup.sh
-export TOKENIZERS_PARALLELISM=false SIZE=${SIZE:-13b}
+export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} SIZE=${SIZE:-13b}
 small=()
 source scripts/v1_5/small_world.sh
 
@@ -64,7 +64,7 @@ share_batch() {
 
 # Starts the training: LLaVA-1.5's common flags, then `flags`, then the small world's, then the caller's.
 train() {
-  local nodes processes batch deepspeed=() tower=()
+  local nodes processes batch deepspeed=() tower=() run=()
   NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')}
   # shellcheck disable=SC2086  # TORCHRUN_ARGS is a list of flags
   nodes=$(value_of --nnodes ${TORCHRUN_ARGS:-})
@@ -78,10 +78,15 @@ train() {
   esac
   if [ -n "${VISION_TOWER:-}" ]; then tower=(--vision_tower "$VISION_TOWER"); fi
   if [ -n "${PROJECTOR:-}" ]; then tower+=(--pretrain_mm_mlp_adapter "$PROJECTOR"); fi
-  echo "$recipe: trains $MODEL on $DATA, into $OUTPUT" >&2
-  # shellcheck disable=SC2086  # TORCHRUN_ARGS is a list of flags
-  exec "$PYTHON" -m llava.train.launch ${TORCHRUN_ARGS:---standalone} --nproc_per_node "$NPROC" \
-    -m llava.train.train_mem "${deepspeed[@]}" \
+  case " $* " in
+    *" --plan "*) run=(env WORLD_SIZE="$processes" "$PYTHON" -m llava.train) ;; # a plan needs no processes
+    *)
+      echo "$recipe: trains $MODEL on $DATA, into $OUTPUT" >&2
+      # shellcheck disable=SC2206  # TORCHRUN_ARGS is a list of flags
+      run=("$PYTHON" -m llava.train.launch ${TORCHRUN_ARGS:---standalone} --nproc_per_node "$NPROC"
+        -m llava.train.train_mem) ;;
+  esac
+  exec "${run[@]}" "${deepspeed[@]}" \
     --model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGES" --output_dir "$OUTPUT" \
     "${tower[@]}" --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 \
     --mm_use_im_start_end False --mm_use_im_patch_token False \
