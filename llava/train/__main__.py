@@ -21,10 +21,12 @@ from llava.model.checkpoint import Loaded
 from llava.model.weights import write_json
 from llava.packing import PackingCollator
 
-from . import checkpoints, ranks, zero
-from .arguments import Arguments, parse
+from . import checkpoints, quantize, ranks, zero
+from .arguments import Arguments, check_machine, parse
 from .identity import FILE, check_same, identity
 from .interrupt import Interrupt, Preempted, StopAtSignal
+from .plan import take
+from .plan_report import print_plan
 from .stages import Exporter, load_model, prepare
 from .trainer import LlavaTrainer
 
@@ -74,6 +76,8 @@ def train(arguments: Arguments) -> None:
     so. Raises Preempted after a signal, when a checkpoint is written.
     """
     flags = arguments.training
+    check_machine(flags)
+    quantize.check(flags)
     check_trackers(flags.report_to)
     zero.start(flags)
     with Interrupt() as interrupt:
@@ -89,7 +93,7 @@ def train(arguments: Arguments) -> None:
         trainer.train(resume_from_checkpoint=resumed)
         if stop.stopped:
             raise Preempted(
-                f"{interrupt.received or 'a signal'}: stopped after step "
+                f"{interrupt.received or 'a signal to another process'}: stopped after step "
                 f"{trainer.state.global_step} of {trainer.state.max_steps}, its checkpoint is "
                 "complete; the same command goes on"
             )
@@ -191,15 +195,13 @@ def _inodes(folder: Path) -> dict[str, int]:
 def main(attention: str | None = None) -> None:
     """Train as the command line says; `attention` is used where it names no other."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    argv = sys.argv[1:]
-    arguments = parse([word for word in argv if word not in ("--plan", "--json")])
+    argv, plan = take(sys.argv[1:])
+    arguments = parse(argv)
     arguments.model.attn_implementation = arguments.model.attn_implementation or attention
-    if "--plan" in argv:
-        from .plan import print_plan
-
-        print_plan(arguments, as_json="--json" in argv)
-    else:
+    if plan is None:
         train(arguments)
+    else:
+        print_plan(arguments, plan)
 
 
 class Interrupted(UserError):
