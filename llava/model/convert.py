@@ -30,8 +30,8 @@ from transformers import LlavaConfig
 from llava.errors import StorageError, UsageError
 
 from . import lora
-from .checkpoint import outline
-from .export import original_config, save_hf, save_original, save_projector
+from .checkpoint import Loaded, outline
+from .export import original_config, save_hf, save_original, save_projector, tower_name
 from .projector import DEFAULT_TYPE, type_in
 from .sources import SETTINGS_FILE, Kind, inspect, settings_in
 from .weights import PROJECTOR, State, find_directory, read_json, write_json, writing
@@ -70,7 +70,17 @@ def convert(
         if not isinstance(loaded.model.config, LlavaConfig):
             raise UsageError(f"{folder}: {loaded.kind}, without a vision tower; give a LLaVA")
         loaded.vision_tower = vision_tower or loaded.vision_tower
+        if target != "hf":
+            _check_tower(loaded)
         _WHOLE[target](loaded, temp, dtype, source.state)
+
+
+def _check_tower(loaded: Loaded) -> None:
+    if tower_name(loaded) is None:
+        raise UsageError(
+            "the vision tower has no name in this checkpoint and is not CLIP-L/336; give its "
+            "directory or hub name with --vision-tower"
+        )
 
 
 def merge(
@@ -207,6 +217,7 @@ def _lora_config(
     if base is not None:
         loaded, _ = outline(folder, base)
         loaded.vision_tower = vision_tower or loaded.vision_tower
+        _check_tower(loaded)
         return original_config(loaded, out)
     tower = vision_tower or values["mm_vision_tower"]
     place = Path(tower) if vision_tower else folder / tower

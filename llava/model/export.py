@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 _CLIP_L_336 = {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "patch_size": 14}
 _SHARD_SIZE = "5GB"
+_NOT_MODEL = ("architectures", "quantization_config")
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -116,11 +117,11 @@ def original_config(loaded: Loaded, folder: Path, n_rows: int | None = None) -> 
     """LLaVA's config.json: the language model's, with LLaVA's own settings in it.
 
     `folder` is where it will stand, `n_rows` the vocabulary's rows if not the tokenizer's number.
-    Raises UsageError if the vision tower's name is not known.
+    A vision tower whose name is not known is left out.
     """
     config = loaded.model.config
     text = config.get_text_config()
-    values = {k: v for k, v in text.to_dict().items() if v is not None and k != "architectures"}
+    values = {k: v for k, v in text.to_dict().items() if v is not None and k not in _NOT_MODEL}
     values.update(
         _rope(text),
         vocab_size=n_rows or loaded.tokenizer.vocab_size,
@@ -133,7 +134,7 @@ def original_config(loaded: Loaded, folder: Path, n_rows: int | None = None) -> 
         **values,
         "model_type": f"llava_{text.model_type}",
         "architectures": [f"Llava{_class_of(text)}"],
-        "mm_vision_tower": _tower_name(loaded, folder),
+        **_tower(loaded, folder),
         "mm_projector_type": type_of(config),
         "mm_hidden_size": config.vision_config.hidden_size,
         "mm_vision_select_layer": config.vision_feature_layer,
@@ -154,18 +155,21 @@ def _class_of(text: PreTrainedConfig) -> str:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__name__
 
 
-def _tower_name(loaded: Loaded, folder: Path) -> str:
-    """A folder as its path from `folder`, so that both can move together; hub names as is."""
-    name = loaded.vision_tower
+def tower_name(loaded: Loaded) -> str | None:
+    """What the vision tower is called: as recorded, or CLIP-L/336 by its shape; None if unknown."""
+    if loaded.vision_tower is not None:
+        return loaded.vision_tower
+    vision = loaded.model.config.vision_config
+    is_clip = all(getattr(vision, key) == value for key, value in _CLIP_L_336.items())
+    return CLIP_L_336 if is_clip else None
+
+
+def _tower(loaded: Loaded, folder: Path) -> dict[str, str]:
+    """A directory as its path from `folder`, so that both can move together; hub names as is."""
+    name = tower_name(loaded)
     if name is None:
-        vision = loaded.model.config.vision_config
-        if any(getattr(vision, key) != value for key, value in _CLIP_L_336.items()):
-            raise UsageError(
-                "the vision tower has no name in this checkpoint and is not CLIP-L/336; give its "
-                "directory or hub name with --vision-tower"
-            )
-        return CLIP_L_336
-    return os.path.relpath(name, folder) if Path(name).is_dir() else name
+        return {}
+    return {"mm_vision_tower": os.path.relpath(name, folder) if Path(name).is_dir() else name}
 
 
 def _untied(model: PreTrainedModel, state: Weights) -> Weights:

@@ -12,10 +12,8 @@ The vision tower is never trained.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -27,7 +25,8 @@ from llava.images import ImageProcessor
 from llava.model import lora
 from llava.model.assemble import assemble
 from llava.model.checkpoint import Loaded, fitting_length, load, save, wrap, write_settings
-from llava.model.projector import read_projector, type_of
+from llava.model.export import original_config
+from llava.model.projector import read_projector
 from llava.model.sources import DEFAULTS, PROJECTOR_FILE, Kind, inspect
 from llava.model.weights import (
     PROJECTOR,
@@ -107,7 +106,9 @@ def _assembled(arguments: Arguments, folder: Path) -> Loaded:
         feature_layer=flags.mm_vision_select_layer,
         feature_strategy=_FEATURES[flags.mm_vision_select_feature],
     )
-    return wrap(model, Kind.HF_LLAVA, [folder], [tower], DEFAULTS)
+    loaded = wrap(model, Kind.HF_LLAVA, [folder], [tower], DEFAULTS)
+    loaded.vision_tower = flags.vision_tower
+    return loaded
 
 
 def _start_dtype(arguments: Arguments) -> torch.dtype:
@@ -248,37 +249,6 @@ class Exporter:
         else:
             lora.save_projector(state, folder / PROJECTOR_FILE)
         write_settings(self.loaded, folder)
-        write_json(folder / "config.json", self._original_config(folder))
-
-    def _original_config(self, folder: Path) -> dict[str, Any]:
-        """LLaVA's config.json: the language model's, with LLaVA's own settings in it."""
-        config = self.loaded.model.config
-        text = config.get_text_config()
-        values = {**text.to_diff_dict(), "vocab_size": self.loaded.tokenizer.vocab_size}
-        if not isinstance(config, LlavaConfig):
-            return values
-        features = {v: k for k, v in _FEATURES.items()}
-        values.update(
-            model_type=f"llava_{text.model_type}",
-            architectures=["LlavaLlamaForCausalLM"],
-            mm_projector_type=type_of(config),
-            mm_hidden_size=config.vision_config.hidden_size,
-            mm_vision_select_layer=config.vision_feature_layer,
-            mm_vision_select_feature=features[config.vision_feature_select_strategy],
-            mm_use_im_start_end=False,
-            mm_use_im_patch_token=False,
-            use_mm_proj=True,
-            tune_mm_mlp_adapter=self.arguments.model.tune_mm_mlp_adapter,
-            image_aspect_ratio=self.loaded.image_processor.aspect_ratio,
-            tokenizer_padding_side="right",
-            tokenizer_model_max_length=self.loaded.model_max_length,
-        )
-        tower = self.arguments.model.vision_tower
-        if tower:
-            values["mm_vision_tower"] = _portable(tower, folder)
-        return values
-
-
-def _portable(tower: str, folder: Path) -> str:
-    """The tower's path relative to `folder`, so that both can move together; hub names as is."""
-    return os.path.relpath(tower, folder) if Path(tower).is_dir() else tower
+        adapter_only = self.arguments.model.tune_mm_mlp_adapter
+        values = {**original_config(self.loaded, folder), "tune_mm_mlp_adapter": adapter_only}
+        write_json(folder / "config.json", values)
