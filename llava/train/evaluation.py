@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from . import ranks
+from .interrupt import LeaveSignals
 
 
 def held_out_loss(
@@ -53,6 +54,7 @@ def _batches(
         batch_sampler=_positions([len(chunk) or 1 for chunk in chunks]),
         collate_fn=collate,
         num_workers=n_workers,
+        worker_init_fn=LeaveSignals(),
         generator=torch.Generator(),  # or the loader would draw from the global one
     )
     return zip(batches, [bool(chunk) for chunk in chunks], strict=True)

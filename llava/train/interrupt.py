@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -38,7 +39,6 @@ class Interrupt:
         self._since = 0.0
 
     def __enter__(self) -> Interrupt:
-        global _listening
         self._mine = threading.current_thread() is threading.main_thread()
         if not self._mine:  # a program of its own decides what signals mean
             return self
@@ -48,14 +48,11 @@ class Interrupt:
         self._former = {number: signal.signal(number, _nothing) for number in SIGNALS}
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
-        _listening = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _listening
         if not self._mine:
             return
-        _listening = False
         for number, handler in self._former.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._former_fd)
@@ -80,24 +77,25 @@ class Interrupt:
             os._exit(128 + number)
 
 
-_listening = False
-
-
 def _nothing(number: int, frame: Any) -> None:
     """Stands as the handler; the thread is woken through the file descriptor."""
 
 
-def _in_child() -> None:
-    """Loader processes leave signals to their parent, whose pipe they have inherited."""
-    global _listening
-    if _listening:
-        _listening = False
+class LeaveSignals:
+    """What a loader process does first: leave signals to its parent, whose pipe it inherited.
+
+    A scheduler signals every process of a job; PyTorch's loaders would end, and the run fail.
+    """
+
+    def __init__(self, then: Callable[[int], None] | None = None) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-
-
-os.register_at_fork(after_in_child=_in_child)
+        if self.then is not None:
+            self.then(worker)
 
 
 class StopAtSignal(TrainerCallback):

@@ -16,7 +16,7 @@ from llava.train.__main__ import main, program  # noqa: E402
 
 
 def memory_efficient() -> None:
-    """Train with that kernel of PyTorch's attention; elsewhere than on a GPU there is one kernel."""
+    """Train with that kernel of PyTorch's attention; off a GPU there is only one."""
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
     main(attention="sdpa")

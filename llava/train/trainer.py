@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.trainer_pt_utils import nested_gather
@@ -31,6 +31,7 @@ from llava.tokens import IGNORE_INDEX
 
 from . import checkpoints, ranks, zero
 from .evaluation import held_out_loss
+from .interrupt import LeaveSignals
 from .numbered import NumberedCollator, NumberedDataset
 from .progress import Meter, Progress
 
@@ -139,6 +140,12 @@ class LlavaTrainer(transformers.Trainer):
             self.remove_callback(callback)
         self.add_callback(Progress(not self.args.disable_tqdm, self.meter, len(train_dataset)))
         self.add_callback(Resumed(self))
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        inner = loader.base_dataloader  # of accelerate's, which hands on what is asked of it
+        inner.worker_init_fn = LeaveSignals(inner.worker_init_fn)
+        return loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if not self.args.group_by_modality_length:
