@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.utils import is_flash_attn_2_available
 
 from llava.errors import UsageError
+from llava.model import lora
 from llava.model.assemble import assemble
 from llava.model.checkpoint import Kind, load
 from llava.train import __main__ as entry
@@ -104,6 +116,72 @@ def test_merged_lora_is_the_model_that_was_trained(run, parts):
         trained = model.eval()(**batch).logits
         again = load(Path(arguments.training.output_dir), parts / "lm").model(**batch).logits
     assert torch.allclose(trained, again, atol=1e-4)
+
+
+def test_llava_7b_adapts_as_many_parameters_as_llava_1_5():
+    """r = 128 on the language model's linear maps, and the projector whole."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064))
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+        adapted = lora.attach(model, rank=128, alpha=256, dropout=0.05)
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 319_815_680
+    assert sum(p.numel() for p in model.model.multi_modal_projector.parameters()) == 20_979_712
+
+
+def test_freezing_flags(run, parts):
+    start = assemble(parts / "lm", parts / "clip", generator=torch.Generator().manual_seed(42))
+    backbone = load(run("backbone", freeze_backbone=True)).model
+    moved_names = {
+        n for n, t in backbone.state_dict().items() if not t.equal(start.get_parameter(n))
+    }
+    assert all("projector" in name or name == "lm_head.weight" for name in moved_names)
+    assert len(moved_names) == 5
+    full = load(run("full", freeze_mm_mlp_adapter=True))
+    assert moved(start, full.model) == {"language_model"}
+    # The base model has no projector: what was not trained has to be written all the same.
+    low = load(run("lora", freeze_mm_mlp_adapter=True, lora_enable=True), parts / "lm")
+    assert moved(start, low.model) == {"language_model"}
+
+
+def test_lora_with_biases(run, parts, squares, tmp_path):
+    config = LlamaConfig.from_pretrained(parts / "lm", attention_bias=True)
+    folder = tmp_path / "biased"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    shutil.copy(parts / "lm" / "tokenizer.model", folder)
+    out = run(
+        "lora",
+        model_name_or_path=folder,
+        data_path=squares / "text.json",
+        lora_enable=True,
+        lora_bias="lora_only",
+        **TEXT_ONLY,
+    )
+    found = load_file(out / "adapter_model.safetensors")
+    assert len([name for name in found if name.endswith("q_proj.base_layer.bias")]) == 2
+    start, trained = load(folder).model.state_dict(), load(out, folder).model.state_dict()
+    for name in start:
+        adapted = "_proj" in name
+        assert start[name].equal(trained[name]) != adapted, name
+    with_peft = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), out)
+    merged = with_peft.merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[name], trained[name], atol=1e-6) for name in trained)
+
+
+def test_attention_by_flag(run):
+    loaded = load_model(parse(run.flags("x", attn_implementation="eager")))
+    parts = loaded.model, loaded.model.model.language_model, loaded.model.model.vision_tower
+    assert {part.config._attn_implementation for part in parts} == {"eager"}
+    if not is_flash_attn_2_available():
+        with pytest.raises(UsageError, match="flash_attention_2: .*; sdpa needs no package"):
+            load_model(parse(run.flags("x", attn_implementation="flash_attention_2")))
 
 
 def test_language_model_alone(run, squares):
