@@ -7,6 +7,7 @@ asked, told apart by its files; a LoRA or a projector needs the model that it wa
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,12 +65,15 @@ def main(args: Sequence[str]) -> None:
 def scores(
     loaded: Loaded, folder: Path, limit: int | None = None
 ) -> Iterator[tuple[str, Accuracy]]:
-    """Name and accuracy of each set under `folder`, of at most `limit` questions each.
+    """Name and accuracy of each set under `folder` that has questions, of at most `limit` each.
 
     Raises UsageError when the model cannot see: it would answer the pictured questions as text.
     """
     if loaded.image_processor is None:
         raise UsageError("a model without vision; the questions are about pictures")
+    if loaded.template_name == "plain":  # of the alignment stage, which has no questions
+        loaded.template_name = "v1"
     for name, (file, pictures, symbols) in SETS.items():
-        questions = load_questions(folder / file, limit)
-        yield name, accuracy(loaded, questions, pictures and folder / pictures, symbols)
+        if json.loads((folder / file).read_bytes()):  # a world of PyPI alone has no `unseen`
+            questions = load_questions(folder / file, limit)
+            yield name, accuracy(loaded, questions, pictures and folder / pictures, symbols)
