@@ -8,8 +8,8 @@ projector  the same                               mm_projector.bin and config.js
 hf-lora    a LoRA                                 PEFT's adapter for Hugging Face's LLaVA
 lora       a LoRA                                 original LLaVA's LoRA directory
 
-Weights are mapped from their files and written one file (5 GB) at a time, so memory holds about
-two files whatever the model's size. The result appears whole, or not at all.
+Weights are mapped from their files and written one file (5 GB) at a time, so memory holds one file
+whatever the model's size. The result appears whole, or not at all.
 """
 
 from __future__ import annotations

@@ -206,6 +206,7 @@ def write_state(
         tensors = {n: state[names[n]].detach().to("cpu", dtype).contiguous() for n in wanted}
         with writing(folder / file) as temp:
             save_file(tensors, temp, metadata={"format": "pt"})
+        del tensors  # before the next file's are made
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

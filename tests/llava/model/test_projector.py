@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from llava.errors import UsageError
+from llava.model import lora
 from llava.model.assemble import assemble
+from llava.model.checkpoint import Kind, load, wrap
+from llava.model.export import original_config
 from llava.model.projector import (
     LlavaWithProjector,
     fresh_projector,
@@ -16,7 +19,7 @@ from llava.model.projector import (
     read_projector,
     type_of,
 )
-from llava.model.weights import original_name
+from llava.model.weights import original_name, write_json
 
 TYPES = ("linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu")
 
@@ -112,3 +115,21 @@ def test_a_projector_of_another_size_or_kind_is_refused(parts, tmp_path):
     save_file(wide, tmp_path / "wide.safetensors")
     with pytest.raises(UsageError, match="wide.*24 features to 48.*gives 24.*takes 32"):
         assemble(parts / "lm", parts / "clip", tmp_path / "wide.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp3x_gelu"])
+def test_a_lora_with_another_projector(parts, tmp_path, logits_of, kind):
+    model = assemble(parts / "lm", parts / "clip", projector_type=kind)
+    loaded = wrap(model, Kind.HF_LLAVA, [parts / "lm"], [parts / "clip"])
+    loaded.vision_tower = str(parts / "clip")
+    trained = lora.attach(model, rank=2, alpha=4, dropout=0.0)
+    model.model.multi_modal_projector.requires_grad_(True)
+    for parameter in model.model.multi_modal_projector.parameters():
+        parameter.data += 0.1
+    lora.save(trained, tmp_path, base="lm")
+    write_json(tmp_path / "config.json", original_config(loaded, tmp_path))
+    others = torch.load(tmp_path / lora.NON_LORA, weights_only=True)
+    assert set(others) == {f"base_model.model.{name}" for name in original_projector(kind)}
+    again = load(tmp_path, parts / "lm")  # lora_B is still zero: the base, but for the projector
+    assert torch.equal(logits_of(again.model), logits_of(trained.eval()))
+    assert type_of(again.model.config) == kind
