@@ -17,7 +17,6 @@ from typing import Any, Literal, NoReturn
 import torch
 import transformers
 from transformers import HfArgumentParser
-from transformers.integrations import get_available_reporting_integrations
 
 from llava.conversation import get_template
 from llava.errors import UsageError
@@ -179,7 +178,6 @@ class TrainingArguments(transformers.TrainingArguments):
 
 def _check_training(flags: TrainingArguments) -> None:
     """Raise UsageError on what this training cannot do, or would do other than asked."""
-    trackers, installed = set(flags.report_to), set(get_available_reporting_integrations())
     for wrong, message in (
         (flags.remove_unused_columns, "--remove_unused_columns must stay False"),
         (
@@ -216,23 +214,20 @@ def _check_training(flags: TrainingArguments) -> None:
             flags.bits != 16 and not flags.lora_enable,
             f"--bits {flags.bits}: quantised weights cannot be trained; add --lora_enable True",
         ),
-        (
-            flags.fp16 and flags.use_cpu,
-            "--fp16 True needs a GPU; on the CPU use --bf16 True, or neither",
-        ),
-        (
-            trackers - installed,
-            f"--report_to {min(trackers - installed, default=None)}: not installed; install it, or "
-            "--report_to none",
-        ),
-        (
-            flags.n_gpu > 1,
-            f"{flags.n_gpu} GPUs but one process; use `torchrun --nproc_per_node {flags.n_gpu} "
-            "-m llava.train ...`, or choose one with CUDA_VISIBLE_DEVICES",
-        ),
     ):
         if wrong:
             raise UsageError(message)
+
+
+def check_machine(flags: TrainingArguments) -> None:
+    """Raise UsageError on what another machine could do; planning does without."""
+    if flags.fp16 and flags.use_cpu:
+        raise UsageError("--fp16 True needs a GPU; on the CPU use --bf16 True, or neither")
+    if flags.n_gpu > 1:
+        raise UsageError(
+            f"{flags.n_gpu} GPUs but one process; use `torchrun --nproc_per_node {flags.n_gpu} "
+            "-m llava.train ...`, or choose one with CUDA_VISIBLE_DEVICES"
+        )
 
 
 @dataclass

@@ -39,7 +39,7 @@ from llava.model.weights import (
     writing,
 )
 
-from . import zero
+from . import quantize, zero
 from .arguments import Arguments
 
 TRAINABLE = "trainable.safetensors"
@@ -77,6 +77,7 @@ def load_model(arguments: Arguments) -> Loaded:
         loaded.image_processor = ImageProcessor(
             old.size, old.mean, old.std, arguments.data.image_aspect_ratio
         )
+    quantize.quantise(loaded.model, arguments.training)
     return loaded
 
 
@@ -165,9 +166,10 @@ def prepare(arguments: Arguments, loaded: Loaded) -> PreTrainedModel | PeftModel
     if not any(parameter.requires_grad for parameter in trained.parameters()):
         raise UsageError("the flags freeze every weight; drop one of --freeze_...")
     for parameter in trained.parameters():
-        if not zero.is_shard(parameter):
+        if not zero.is_shard(parameter) and parameter.is_floating_point():  # not quantised
             full = parameter.requires_grad and not zero.enabled(flags)
             parameter.data = parameter.data.to(torch.float32 if full else flags.compute_dtype)
+    quantize.widen_norms(model, flags)
     return trained
 
 
