@@ -50,7 +50,7 @@ def parse(args: Sequence[str]) -> tuple[BuildSettings, PoolSettings]:
     groups = (BuildSettings, PoolSettings)
     for group in groups:
         parser.add_class_arguments(group, as_group=True)
-    flat = parser.parse_args([_underscored(arg) for arg in args]).as_dict()
+    flat = parser.parse_args([underscored(arg) for arg in args]).as_dict()
     where, settings = (
         group(**{field.name: flat[field.name] for field in dataclasses.fields(group)})
         for group in groups
@@ -58,6 +58,7 @@ def parse(args: Sequence[str]) -> tuple[BuildSettings, PoolSettings]:
     return where, settings
 
 
-def _underscored(arg: str) -> str:
+def underscored(arg: str) -> str:
+    """`--some-flag=x` as `--some_flag=x`; words that are no flags as they are."""
     flag, equals, value = arg.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value if arg[:2] == "--" else arg

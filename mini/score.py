@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from llava.errors import UsageError
 from llava.model.checkpoint import Loaded, load
 from mini.base_accuracy import Accuracy, accuracy, load_questions
+from mini.build import underscored
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -55,7 +56,7 @@ def main(args: Sequence[str]) -> None:
     """Parse, load, ask, and print a row as soon as it is known."""
     parser = ArgumentParser(prog="python -m mini score", description=__doc__.splitlines()[0])
     parser.add_class_arguments(ScoreSettings)
-    settings = ScoreSettings(**parser.parse_args(list(args)).as_dict())
+    settings = ScoreSettings(**parser.parse_args([underscored(a) for a in args]).as_dict())
     loaded = load(settings.model, base=settings.model_base, dtype=torch.float32)
     print(f"{settings.model} ({loaded.kind})", flush=True)
     for name, found in scores(loaded, Path(settings.data) / "eval", settings.questions):

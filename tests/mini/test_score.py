@@ -53,7 +53,7 @@ def test_every_kind_of_checkpoint_is_asked_the_same(trained, capsys):
     """One model in three forms: the rows agree, name by name and answer by answer."""
     rows = {}
     for stage in STAGES:
-        base = [] if stage == "full" else ["--model_base", str(SHIPPED / "llama")]
+        base = [] if stage == "full" else ["--model-base", str(SHIPPED / "llama")]
         capsys.readouterr()
         main(["--model", str(trained / stage), "--data", str(FIXTURE), *base])
         title, *rows[stage] = capsys.readouterr().out.splitlines()
