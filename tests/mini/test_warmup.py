@@ -1,4 +1,4 @@
-"""Warm-up through the real training path on the fixture: what is drawn, and when it trains again."""
+"""Warm-up on the fixture, really trained: what it is trained on, and when it is trained again."""
 
 import json
 import random
