@@ -75,11 +75,19 @@ def projector(outline: Outline, n_images: int) -> float:
     return linear(matrices, n_positions, needs_input_gradient=trains) - saved
 
 
+def recomputed(outline: Outline, n_positions: int, squares: float) -> float:
+    """Gradient checkpointing runs the layers' forward a second time, up to the input of the last
+    map: no backward needs what that map puts out, except that of an adapter beside it."""
+    matrices = outline.matrices["language model"].all + outline.matrices["adapters"].all
+    if not outline.matrices["adapters"].all:
+        matrices -= outline.intermediate * outline.hidden * outline.n_layers
+    return 2.0 * n_positions * matrices + squares
+
+
 def count(outline: Outline, batch: Batch, checkpointing: bool) -> Flops:
     """FLOPs of one micro-batch, forward and backward.
 
-    A batch without images runs tower and projector on one that changes nothing. Gradient
-    checkpointing runs the layers' forward a second time.
+    A batch without images runs tower and projector on one that changes nothing.
     """
     n_positions = batch.n_positions
     width = outline.n_heads * outline.head_dim
@@ -87,7 +95,6 @@ def count(outline: Outline, batch: Batch, checkpointing: bool) -> Flops:
     layers, adapters = outline.matrices["language model"], outline.matrices["adapters"]
     logits = batch.n_rows * batch.n_logits
     n_images = max(batch.n_images, 1)
-    forward = 2.0 * n_positions * (layers.all + adapters.all) + squares
     return Flops(
         language_model=linear(layers, n_positions, needs_input_gradient=True),
         adapters=linear(adapters, n_positions, needs_input_gradient=True),
@@ -95,7 +102,7 @@ def count(outline: Outline, batch: Batch, checkpointing: bool) -> Flops:
         output_layer=linear(outline.matrices["output layer"], logits, needs_input_gradient=True),
         projector=projector(outline, n_images),
         vision_tower=vision_tower(outline, n_images),
-        recomputed=forward if checkpointing else 0.0,
+        recomputed=recomputed(outline, n_positions, squares) if checkpointing else 0.0,
     )
 
 

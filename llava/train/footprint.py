@@ -29,6 +29,8 @@ class Setup:
     accumulation: int
     compute_bytes: int
     bf16: bool
+    attention: str
+    """eager, sdpa or flash_attention_2."""
     checkpointing: bool
     moments_bytes: int
     """Of the optimizer, for one trained parameter."""
@@ -139,11 +141,24 @@ def step_temporaries(outline: Outline, setup: Setup) -> float:
     return 8 * outline.n_trained / setup.world_size
 
 
+def layer_squares(outline: Outline, setup: Setup, batch: Batch) -> float:
+    """L x L matrices that one layer keeps for its backward.
+
+    PyTorch's attention turns the mask of padded rows into numbers, c L^2 a row; flash attention has
+    none; eager attention keeps the probabilities in float32 and as they are multiplied.
+    """
+    squares, c = batch.n_rows * batch.length**2, setup.compute_bytes
+    if setup.attention == "eager":
+        return squares * outline.n_heads * (4 + c * (c < 4))
+    padded = batch.n_tokens < batch.n_positions or batch.n_rows < batch.n_samples
+    return squares * c * (padded and setup.attention == "sdpa")
+
+
 def layer_activations(outline: Outline, setup: Setup) -> float:
-    """Bytes that one layer keeps for its backward, per position.
+    """Bytes that one layer keeps for its backward, per position; squares apart.
 
     two norms          their input in float32 (4 h each); if the layer is trained, their output
-    attention          queries, keys, values and output, c q each, and 4 bytes a head; no L x L
+    attention          queries, keys, values and output, c q each, and 4 bytes a head
     maps' inputs       if trained: of q, k, v and of gate, up, c h each
     gated MLP          gate, its activation and up, c f each; if trained the product, c f
     adapters           of each adapted map its input after dropout, c i, a mask of i bytes, and
@@ -179,17 +194,25 @@ def activations(outline: Outline, setup: Setup, batch: Batch) -> float:
     """
     residual = _residual_bytes(outline, setup)
     last_norm = 4 * outline.hidden + residual * outline.hidden * outline.trains_language_model
-    layer = residual * outline.hidden if setup.checkpointing else layer_activations(outline, setup)
-    text = batch.n_positions * (outline.n_layers * layer + last_norm)
+    if setup.checkpointing:
+        layer = batch.n_positions * residual * outline.hidden
+    else:
+        layer = _one_layer(outline, setup, batch)
+    text = outline.n_layers * layer + batch.n_positions * last_norm
     if outline.tower is None:
         return text
     per_image = outline.n_image_tokens * (outline.tower.hidden + 2 * outline.hidden)
     return text + max(batch.n_images, 1) * per_image * setup.compute_bytes
 
 
+def _one_layer(outline: Outline, setup: Setup, batch: Batch) -> float:
+    linear = batch.n_positions * layer_activations(outline, setup)
+    return linear + layer_squares(outline, setup, batch)
+
+
 def recomputed_activations(outline: Outline, setup: Setup, batch: Batch) -> float:
     """With checkpointing one layer at a time is run again and keeps everything."""
-    return batch.n_positions * layer_activations(outline, setup) * setup.checkpointing
+    return _one_layer(outline, setup, batch) * setup.checkpointing
 
 
 def logits(outline: Outline, setup: Setup, batch: Batch) -> float:

@@ -150,6 +150,7 @@ def make_setup(arguments: Arguments, own: PlanFlags, hidden_size: int) -> Setup:
         accumulation=flags.gradient_accumulation_steps,
         compute_bytes=flags.compute_dtype.itemsize,
         bf16=bool(flags.bf16),
+        attention=arguments.model.attn_implementation or "sdpa",
         checkpointing=_checkpointing(flags),
         moments_bytes=_moments_bytes(flags.optim),
         lora_dropout=flags.lora_dropout > 0,
@@ -294,11 +295,17 @@ def _batches(
 
 
 def _longest(loaded: Loaded, setup: Setup) -> Batch:
-    """The micro-batch that no other exceeds: all rows of maximum length and all of it supervised
-    but the image."""
+    """The micro-batch that no other exceeds: all rows of maximum length, all of it supervised."""
     n, length = setup.batch_size, loaded.model_max_length
-    n_logits = max(length - loaded.n_image_tokens, 1)
-    return Batch(n, length, n, n * length, n * n_logits, n_logits, n)
+    return Batch(
+        n_rows=n,
+        length=length,
+        n_samples=n,
+        n_tokens=n * length,
+        n_supervised=n * (length - 1),
+        n_logits=length - 1,
+        n_images=n,
+    )
 
 
 def _notes(
@@ -317,13 +324,12 @@ def _notes(
             f"{lengths.n_sampled:,} of {steps.n_samples:,} records, drawn with seed {seed} (mean "
             f"known to ±{lengths.standard_error:.1%})"
         )
-    eager = arguments.model.attn_implementation == "eager"
     return {
         "steps": "exact; the last batch of an epoch may be smaller",
         "tokens": f"{drawn}; tokenised, cut at {max_length} and batched by the training's own code",
         "memory": (
-            f"largest of {n_batches:,} simulated micro-batches; "
-            + ("eager attention's L x L matrices are NOT counted" if eager else "no L x L matrices")
+            f"largest of {n_batches:,} simulated micro-batches; the peak is the larger of backward "
+            "(layers after logits) and optimizer step"
         ),
         "gpus": (
             "usable leaves 6 % and 1 GiB to the allocator, CUDA and NCCL; hours at "
