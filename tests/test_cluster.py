@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -97,8 +98,8 @@ def test_an_old_script_runs_unchanged(tmp_path):
 
 
 @pytest.fixture
-def sbatch(tmp_path: Path) -> Callable[..., subprocess.Popen]:
-    """Start a batch script as SLURM would, on two nodes of one process each."""
+def job(tmp_path: Path) -> dict[str, str]:
+    """The environment of a launcher that trains the small base weights on the fixture."""
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python"  # everything is installed; pip would ask a network
     python.write_text(
@@ -111,10 +112,8 @@ esac
 """
     )
     python.chmod(0o755)
-    job = environment(
+    return environment(
         PYTHON=str(python),
-        PORT=str(free_port()),
-        SLURM_SUBMIT_DIR=str(ROOT),
         DATA=str(FIXTURE / "pool.json"),
         IMAGES=str(FIXTURE / "images"),
         MODEL=str(BASE / "llama"),
@@ -124,6 +123,12 @@ esac
         ZERO="zero2",
         GLOBAL_BATCH="4",
     )
+
+
+@pytest.fixture
+def sbatch(job: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.Popen]:
+    """Start a batch script as SLURM would, on two nodes of one process each."""
+    job |= {"PORT": str(free_port()), "SLURM_SUBMIT_DIR": str(ROOT)}
 
     def sbatch(script: str, *flags: str) -> subprocess.Popen:
         return subprocess.Popen(
@@ -157,3 +162,14 @@ def test_a_job_is_requeued_before_its_limit_and_goes_on(sbatch, tmp_path):
     assert steps == list(range(stopped + 1, 25)), log
     assert (tmp_path / "bin" / "scontrol.log").read_text() == "requeue 7\n"
     load(tmp_path / "out", base=BASE / "llama")
+
+
+def test_a_plan_is_of_the_launchers_processes(job):
+    """Sixteen GPUs are planned for by one process, which starts nothing."""
+    job |= {"NPROC": "8", "TORCHRUN_ARGS": "--nnodes 2", "GLOBAL_BATCH": "128"}
+    command = ["bash", "finetune_lora.sh", "--plan", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=job, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["steps"]["global_batch"] == 128 and plan["setup"]["world_size"] == 16
+    assert not Path(job["OUTPUT"]).exists()
