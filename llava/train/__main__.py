@@ -80,6 +80,7 @@ def train(arguments: Arguments) -> None:
     quantize.check(flags)
     check_trackers(flags.report_to)
     zero.start(flags)
+    ranks.limit_waiting(flags.ddp_timeout)
     with Interrupt() as interrupt:
         set_seed(flags.seed)
         output_dir = Path(flags.output_dir)

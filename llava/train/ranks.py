@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +38,12 @@ def world_size() -> int:
 def _device() -> torch.device:
     nccl = "nccl" in str(dist.get_backend())
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def limit_waiting(seconds: float) -> None:
+    """Let no process wait longer for another (P17); Trainer sets no limit on CPUs."""
+    if started():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def total(counts: Sequence[int]) -> list[int]:

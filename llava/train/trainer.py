@@ -133,6 +133,8 @@ class LlavaTrainer(transformers.Trainer):
         )
         self.model_accepts_loss_kwargs = True  # count the supervised tokens of a whole step
         self.export, self.restore = export, restore
+        if self.args.ddp_broadcast_buffers is None:
+            self.args.ddp_broadcast_buffers = False  # none of ours ever changes
         self.masked_steps = self.supervised_steps = 0
         self.step_rows: list[int] = []
         self.meter = Meter()

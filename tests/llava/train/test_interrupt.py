@@ -1,4 +1,4 @@
-"""Signals (P16): a checkpoint at the end of the step, exit code 75, and the same command goes on."""
+"""Signals (P16): a checkpoint after the step, exit code 75, and the same command goes on."""
 
 from __future__ import annotations
 
