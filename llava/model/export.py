@@ -13,6 +13,7 @@ is not taken for a model.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 _CLIP_L_336 = {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "patch_size": 14}
 _SHARD_SIZE = "5GB"
+_OF_HUGGING_FACE = ["<image>", "<pad>"]
 _NOT_MODEL = ("architectures", "quantization_config")
 
 Weights = Mapping[str, torch.Tensor]
@@ -97,7 +99,7 @@ def _write_original(
 ) -> None:
     model = loaded.model
     like = write_state(_untied(model, state), path, dtype, original_name)
-    _write_inputs(loaded, path)
+    _write_inputs(loaded, path, _original_tokenizer(loaded.tokenizer_files))
     values = original_config(loaded, path, n_rows=base[EMBEDDING].shape[0])
     vision = model.config.vision_config.to_diff_dict()
     kind = max(_dtype_names(like))  # float32 where types are mixed
@@ -213,9 +215,36 @@ def write_state(
     return like
 
 
-def _write_inputs(loaded: Loaded, folder: Path) -> None:
+def _original_tokenizer(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Tokenizer files without the words that Hugging Face adds, for which LLaVA has no rows."""
+    if "tokenizer.model" not in files:
+        return files
+    kept = {}
+    for name, content in files.items():
+        if not any(f'"{word}"'.encode() in content for word in _OF_HUGGING_FACE):
+            kept[name] = content
+        elif name != "tokenizer.json":  # tokenizer.model has all that is in it
+            kept[name] = json.dumps(_without_words(json.loads(content)), indent=2).encode()
+    return kept
+
+
+def _without_words(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` without entries that name or describe such a word; padding is <unk> again."""
+    kept = {}
+    for key, entry in value.items():
+        word = entry.get("content") if isinstance(entry, dict) else entry
+        if key == "pad_token" and word in _OF_HUGGING_FACE:
+            kept[key] = "<unk>"
+        elif key == "added_tokens_decoder":
+            kept[key] = _without_words(entry)
+        elif key not in _OF_HUGGING_FACE and word not in _OF_HUGGING_FACE:
+            kept[key] = entry
+    return {k: v for k, v in kept.items() if k not in ("extra_special_tokens", "processor_class")}
+
+
+def _write_inputs(loaded: Loaded, folder: Path, tokenizer: dict[str, bytes] | None = None) -> None:
     """Write what turns samples into inputs, and the ids that end an answer."""
-    for name, content in loaded.tokenizer_files.items():
+    for name, content in (tokenizer or loaded.tokenizer_files).items():
         with writing(folder / name) as temp:
             temp.write_bytes(content)
     if loaded.image_processor is not None:

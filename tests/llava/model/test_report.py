@@ -25,6 +25,7 @@ from llava.model.__main__ import main
 from llava.model.checkpoint import load
 from llava.model.report import Report, examine
 from llava.model.weights import classic_name, read_weights, write_json
+from tests.llava.model.checks import Bomb
 
 
 def the_problem(report: Report) -> str:
@@ -305,14 +306,6 @@ def test_a_language_model_and_others(parts, tmp_path):
 
 
 # ---- what is dangerous or closed (P22) -----------------------------------------------------------
-
-
-class Bomb:
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.canary),)
 
 
 def test_code_in_a_checkpoint_is_reported_and_not_run(layouts, saved, trained, parts, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from llava.errors import RefusedError, StorageError, UsageError
 from llava.model.checkpoint import load
 from llava.model.weights import find_directory, make_config, write_json
+from tests.llava.model.checks import Bomb
 
 # ---- what must not load --------------------------------------------------------------------------
 
@@ -100,14 +100,6 @@ def test_index_may_not_leave_its_directory(saved, tmp_path):
 
 
 # ---- nothing in a checkpoint is executed (P22) ---------------------------------------------------
-
-
-class Bomb:
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.canary),)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
