@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -15,7 +16,7 @@ from llava.tokens import IGNORE_INDEX, encode_conversation
 from selection.proxies.base import MIN_ROWS, StableRows
 from selection.proxies.processor import render
 from selection.proxy import LlavaProxy, ProcessorProxy, load_proxy, padded_length
-from tests.tiny_models import BUILDERS, save_llava, save_qwen2_5_vl, save_smolvlm
+from tests.tiny_models import BUILDERS, WORDS, save_llava, save_qwen2_5_vl, save_smolvlm
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 52, 3), np.uint8))
 ASK = "What colour is the square?"
@@ -175,14 +176,62 @@ def test_padding_changes_no_real_state(proxy):
     )
 
 
-def test_rewrite_is_prepare_with_the_same_image(proxy):
-    clean = proxy.prepare(record(f"<image>\n{ASK}", "red"), IMAGE)
-    other = record("<image>\nIs there a triangle?", "no")
-    fresh, again = proxy.prepare(other, IMAGE), proxy.rewrite(clean, other, IMAGE)
-    assert torch.equal(fresh.input_ids, again.input_ids)
-    assert torch.equal(fresh.labels, again.labels)
-    assert all(torch.equal(fresh.extras[name], again.extras[name]) for name in fresh.extras)
-    assert fresh.extras.keys() == again.extras.keys()
+def assert_same(a, b):
+    assert torch.equal(a.input_ids, b.input_ids)
+    assert torch.equal(a.labels, b.labels)
+    for mine, others in ((a.extras, b.extras), (a.token_inputs, b.token_inputs)):
+        assert mine.keys() == others.keys()
+        assert all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+def test_rewrite_is_prepare_with_the_same_image(proxy, monkeypatch):
+    """Against the model's own processor, which looks at the image each time."""
+    other = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 31, 3), np.uint8))
+    texts = ("Is there a triangle?", "no"), (f"{WORDS}?", "A"), (ASK, "red", "Is it?", "yes")
+    records = [record(f"<image>\n{first}", *rest) for first, *rest in texts]
+    pairs = [(image, sample) for image in (IMAGE, other, IMAGE) for sample in records]
+    clean = {
+        id(image): proxy.prepare(record(f"<image>\n{ASK}", "red"), image) for image, _ in pairs
+    }
+    again = [proxy.rewrite(clean[id(image)], sample, image) for image, sample in pairs]
+    if isinstance(proxy, ProcessorProxy):
+        remembering = proxy.processor.image_processor
+        monkeypatch.setattr(proxy.processor, "image_processor", remembering._processor)
+    for (image, sample), item in zip(pairs, again, strict=True):
+        assert_same(item, proxy.prepare(sample, image))
+
+
+def test_an_image_is_processed_once_for_all_wordings(proxy, monkeypatch):
+    if isinstance(proxy, LlavaProxy):
+        holder, name = proxy.loaded, "image_processor"
+    else:
+        holder, name = proxy.processor.image_processor, "_processor"
+    processor, calls = getattr(holder, name), []
+
+    class Counting:
+        def __getattr__(self, attribute):
+            return getattr(processor, attribute)
+
+        def __call__(self, *args, **kwargs):
+            calls.append(1)
+            return processor(*args, **kwargs)
+
+    monkeypatch.setattr(holder, name, Counting())
+    image = IMAGE.copy()
+    clean = proxy.prepare(record(f"<image>\n{ASK}", "red"), image)
+    for answer in ("green", "blue", "yellow"):
+        proxy.rewrite(clean, record(f"<image>\n{ASK}", answer), image)
+    assert len(calls) == 1
+    proxy.prepare(record(f"<image>\n{ASK}", "red"), image.copy())
+    assert len(calls) == 2
+
+
+def test_what_loader_processes_are_sent_still_works(qwen):
+    sample = record(f"<image>\n{ASK}", "red")
+    qwen.prepare(sample, IMAGE)
+    there = pickle.loads(pickle.dumps(qwen.processor.image_processor))
+    (made,) = there([[IMAGE]], return_tensors="pt")["pixel_values"][None]
+    assert torch.equal(made, qwen.prepare(sample, IMAGE).extras["pixel_values"])
 
 
 def test_llava_has_the_exact_training_ids(llava):
