@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import transformers
+from huggingface_hub import constants
 from transformers import HfArgumentParser
 
 from llava.conversation import get_template
@@ -332,7 +333,10 @@ def parse(argv: list[str]) -> Arguments:
     if os.environ.get("RANK", "0") == "0":
         for note in notes:
             print(note, file=sys.stderr)
-    return Arguments(*parts)
+    arguments = Arguments(*parts)
+    if arguments.training.cache_dir:
+        constants.HF_HUB_CACHE = arguments.training.cache_dir  # where every look-up begins
+    return arguments
 
 
 def _shorten_help(parser: HfArgumentParser) -> None:

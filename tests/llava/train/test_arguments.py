@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from huggingface_hub import constants
 
 from llava.errors import UsageError
+from llava.model.weights import find_directory
 from llava.train.arguments import check_machine, parse
 
 NEEDED = ["--model_name_or_path", "lm", "--data_path", "x.json", "--output_dir", "out"]
@@ -195,6 +198,21 @@ def test_flags_for_another_machine_are_for_planning():
         with pytest.raises(UsageError, match="--fp16 True needs a GPU; on the CPU use --bf16"):
             check_machine(flags)
     check_machine(parse([*NEEDED, "--bf16", "True"]).training)
+
+
+def test_cache_dir_is_where_hub_models_are(parts, tmp_path, monkeypatch):
+    for name in ("OFFLINE", "CACHE"):  # CACHE as it is, so that it is put back
+        value = name == "OFFLINE" or getattr(constants, f"HF_HUB_{name}")
+        monkeypatch.setattr(constants, f"HF_HUB_{name}", value)
+    repository = tmp_path / "models--lm-sys--vicuna"
+    shutil.copytree(parts / "lm", repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    name = "lm-sys/vicuna"
+    with pytest.raises(UsageError, match="lm-sys/vicuna: no such directory"):
+        find_directory(name)
+    parse([*NEEDED, "--cache_dir", str(tmp_path)])
+    assert find_directory(name) == repository / "snapshots" / "abc"
 
 
 @pytest.mark.parametrize("missing", ["--model_name_or_path", "--data_path", "--output_dir"])
