@@ -23,6 +23,7 @@ from llava.packing import PackingCollator
 
 from . import checkpoints, quantize, ranks, zero
 from .arguments import Arguments, check_machine, parse
+from .evaluation import is_evaluated
 from .identity import FILE, check_same, identity
 from .interrupt import Interrupt, Preempted, StopAtSignal
 from .plan import take
@@ -165,7 +166,7 @@ def make_trainer(arguments: Arguments, run: dict) -> tuple[LlavaTrainer, Exporte
 
 def finish(trainer: LlavaTrainer, exporter: Exporter, run: dict) -> None:
     """Evaluate where the last step was not, write the final model and mark it complete."""
-    if trainer.eval_dataset is not None and not _evaluated(trainer.state):
+    if trainer.eval_dataset is not None and not is_evaluated(trainer.state):
         trainer.evaluate()
     output_dir = Path(trainer.args.output_dir)
     main = trainer.is_world_process_zero()
@@ -180,10 +181,6 @@ def finish(trainer: LlavaTrainer, exporter: Exporter, run: dict) -> None:
     checkpoints.mark_complete(output_dir, written)
     if main:
         print(f"wrote {output_dir}", file=sys.stderr)
-
-
-def _evaluated(state: object) -> bool:
-    return any("eval_loss" in e and e["step"] == state.global_step for e in state.log_history)
 
 
 def _inodes(folder: Path) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import TrainerState
 
 from . import ranks
 from .interrupt import LeaveSignals
@@ -39,6 +40,11 @@ def held_out_loss(
     n_tokens = ranks.total([count])[0]
     total = ranks.total_float(total)
     return (total / n_tokens if n_tokens else float("nan")), n_tokens
+
+
+def is_evaluated(state: TrainerState) -> bool:
+    """Whether the log has a held-out loss of the step that training is at."""
+    return any("eval_loss" in e and e["step"] == state.global_step for e in state.log_history)
 
 
 def _batches(

@@ -30,7 +30,7 @@ from llava.model.weights import write_json
 from llava.tokens import IGNORE_INDEX
 
 from . import checkpoints, ranks, zero
-from .evaluation import held_out_loss
+from .evaluation import held_out_loss, is_evaluated
 from .interrupt import LeaveSignals
 from .numbered import NumberedCollator, NumberedDataset
 from .progress import Meter, Progress
@@ -361,3 +361,6 @@ class Resumed(TrainerCallback):
         trainer._tr_loss += own
         trainer._total_loss_scalar = -mean  # the average over this call leaves them out again
         trainer._globalstep_last_logged = saved["since"]
+        at_epoch_end = float(state.epoch).is_integer()  # saved before the epoch's evaluation
+        if args.eval_strategy == "epoch" and at_epoch_end and not is_evaluated(state):
+            trainer.evaluate()
