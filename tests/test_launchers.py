@@ -217,6 +217,7 @@ def test_nothing_set_is_the_small_world(launcher, launch):
     assert found["--image_folder"] == "playground/mini/images"
     assert found["--model_max_length"] == "512" and found["--deepspeed"] == "scripts/zero2.json"
     assert ("--pretrain_mm_mlp_adapter" in found) == (not task and not pretrain)
+    assert ("--vision_tower" in found) == (not task)
     assert "= 16 samples a step" in done.stderr
 
 

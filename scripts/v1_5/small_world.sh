@@ -29,7 +29,7 @@ if [ -z "${MODEL:-}" ] && { [ -z "${DATA:-}" ] || of_small_world "$DATA"; }; the
       MODEL=mini/base/llama DATA=${DATA:-$world/captions.json} PROJECTOR=${PROJECTOR-} ;;
     finetune_task*) # a LLaVA brings its own tower and projector
       "$PYTHON" -m mini warmup --data "$world" --out "$world/proxy"
-      MODEL=$world/proxy ;;
+      MODEL=$world/proxy VISION_TOWER=${VISION_TOWER-} ;;
     *) MODEL=mini/base/llama PROJECTOR=${PROJECTOR-mini/base/projector.safetensors} ;;
   esac
   DATA=${DATA:-$(newest_subset)} DATA=${DATA:-$world/pool.json}
