@@ -178,7 +178,11 @@ def _freeze(arguments: Arguments, model: PreTrainedModel) -> None:
     if arguments.model.freeze_backbone and not arguments.training.lora_enable:
         model.get_decoder().requires_grad_(False)  # as in LLaVA, the output layer still trains
     if isinstance(model.config, LlavaConfig):
-        model.model.vision_tower.requires_grad_(False)
+        tower = model.model.vision_tower
+        tower.requires_grad_(False)
+        # Gradient checkpointing asks the output of every embedding for a gradient, this one's too:
+        # the tower would be run a second time and backwards, for nothing.
+        tower.forward = torch.no_grad()(tower.forward)
         projector = not arguments.training.freeze_mm_mlp_adapter
         model.model.multi_modal_projector.requires_grad_(projector)
 
