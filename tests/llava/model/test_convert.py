@@ -231,6 +231,11 @@ def test_a_disk_that_fills_up_leaves_nothing(saved, tmp_path, monkeypatch):
     assert same(read_weights(tmp_path / "out"), read_weights(saved))
 
 
+def test_a_place_that_cannot_be_written(saved):
+    with pytest.raises(StorageError, match="/proc/out: cannot write: .*on another disk or check"):
+        convert(saved, "hf", "/proc/out")
+
+
 def test_damaged_and_dangerous_sources(saved, tmp_path):
     whole = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(whole[:-9])

@@ -84,6 +84,8 @@ def test_pefts_own_loading_on_hugging_faces_llava(trained, parts, base_llava, tm
     expected = logits_of(in_transformers(tmp_path / "merged"))
     assert torch.allclose(logits_of(model), expected, atol=1e-4)
     assert (logits_of(in_transformers(base_llava)) - expected).abs().max() > 0.1
+    with model.disable_adapter():  # the base keeps its own projector
+        assert torch.equal(logits_of(model), logits_of(in_transformers(base_llava)))
     adapted = {name for name, _ in model.named_parameters() if "lora_A" in name}
     assert len(adapted) == 14 and not any("vision_tower" in name for name in adapted)
     recorded = json.loads((tmp_path / "peft/adapter_config.json").read_text())
