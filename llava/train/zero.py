@@ -82,13 +82,15 @@ def check(
     for key, effect in _GUARDS.items():
         if _get(settings, key) is False:
             raise UsageError(f'{path}: "{key}" false {effect}; remove it')
-    zero = settings.get("zero_optimization")
-    number = zero.get("stage") if isinstance(zero, dict) else None
+    sharding = settings.get("zero_optimization")
+    number = sharding.get("stage") if isinstance(sharding, dict) else None
     if number not in (1, 2, 3):
         raise UsageError(
             f'{path}: "zero_optimization.stage" is {number}; write 1, 2 or 3, or train without '
             "--deepspeed"
         )
+    if number < 3:  # sizes that "auto" takes from the model are filled in for stage 3 only
+        settings["zero_optimization"] = {k: v for k, v in sharding.items() if "stage3_" not in k}
     world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
     _settle_numbers(path, settings, flags, world_size)
     settings.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -103,9 +105,8 @@ def _read(path: Path) -> dict[str, Any]:
             f"--deepspeed {path}: cannot be read ({error.strerror}); scripts/zero3.json is one"
         ) from error
     except ValueError as error:
-        raise UsageError(f"{path}: not JSON ({error}); compare it with scripts/zero3.json") from (
-            error
-        )
+        hint = "compare it with scripts/zero3.json"
+        raise UsageError(f"{path}: not JSON ({error}); {hint}") from error
     if not isinstance(settings, dict):
         raise UsageError(f"{path}: holds no object; compare it with scripts/zero3.json")
     return settings

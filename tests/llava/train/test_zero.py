@@ -284,7 +284,9 @@ def test_settings_that_cannot_be_read(run, tmp_path, content, message):
 def test_what_a_file_leaves_out_the_flags_decide(run, tmp_path):
     """LLaVA's own files have no clipping, minimal ones nothing but the stage."""
     flags = parse(run.flags("out", bf16=True)).training
-    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "own.json").write_text(
+        '{"zero_optimization": {"stage": 2, "stage3_prefetch_bucket_size": "auto"}}'
+    )
     found = zero.check(tmp_path / "own.json", flags)
     assert found.pop("zero_optimization") == {"stage": 2}
     assert found.pop("zero_force_ds_cpu_optimizer") is False
