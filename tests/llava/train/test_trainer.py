@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainerState
 
-from llava.errors import DataError, NonFiniteError, UserError
+from llava.errors import DataError, NonFiniteError, UsageError, UserError
 from llava.model import checkpoint
 from llava.model.assemble import assemble
 from llava.model.checkpoint import Kind
 from llava.train import __main__ as entry
 from llava.train import trainer as trainer_module
 from llava.train.arguments import parse
+from llava.train.numbered import NumberedCollator
 from llava.train.stages import load_model, prepare
 from llava.train.trainer import EpochOrder, EpochSampler, LlavaTrainer, supervised_loss
 
@@ -41,10 +44,12 @@ def make(run):
         loaded = load_model(arguments)
         dataset = entry.make_dataset(arguments, loaded)
         model = prepare(arguments, loaded)
+        held_out = arguments.data.eval_data_path
         trainer = LlavaTrainer(
             model=model,
             args=arguments.training,
             train_dataset=dataset,
+            eval_dataset=entry.make_dataset(arguments, loaded, held_out) if held_out else None,
             data_collator=entry.make_collator(loaded),
             export=lambda folder: None,
             restore=lambda folder: None,
@@ -209,3 +214,82 @@ def test_linked_image_folders_must_be_named(run, squares, tmp_path):
     with pytest.raises(UserError, match="leaves the image folder"):
         run("out", **common)
     assert (run("out", image_roots=squares, **common) / "model.safetensors").exists()
+
+
+# ---- held-out loss -------------------------------------------------------------------------------
+
+
+def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(make, squares):
+    held_out = squares / "mixed.json"
+    losses = set()
+    for batch_size, workers in ((1, 0), (5, 0), (24, 2)):
+        trainer, model, dataset, collate = make(
+            eval_data_path=held_out,
+            per_device_eval_batch_size=batch_size,
+            dataloader_num_workers=workers,
+        )
+        before = torch.get_rng_state()
+        metrics = trainer.evaluate()
+        assert torch.equal(torch.get_rng_state(), before)
+        losses.add(metrics["eval_loss"])
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in range(len(dataset)):  # one at a time, every position
+            batch = collate([dataset[row]])
+            labels = batch.pop("labels")[0, 1:]
+            batch.pop("dummy_image", None)
+            if not (batch["input_ids"] == collate.image_token_id).any():
+                del batch["pixel_values"]
+            logits = model.eval()(**batch).logits[0, :-1]
+            total += F.cross_entropy(logits, labels, reduction="sum").item()
+            count += int((labels != -100).sum())
+    assert metrics["eval_tokens"] == count
+    for loss in losses:  # float32 sums in another order
+        assert loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_held_out_loss_is_measured_at_the_end_and_where_asked(run, squares, capsys):
+    held_out = {"eval_data_path": squares / "text.json"}
+    plain = run("plain")
+    at_end = run("end", **held_out)
+    steps = run("steps", **held_out, eval_strategy="steps", eval_steps=4)
+    assert "held-out loss" in capsys.readouterr().err
+    logs = [
+        json.loads((f / "trainer_state.json").read_text())["log_history"] for f in (at_end, steps)
+    ]
+    measured = [[line["step"] for line in log if "eval_loss" in line] for log in logs]
+    assert measured == [[6], [4, 6]]
+    for folder in (at_end, steps):  # looking changes nothing
+        assert (folder / "model.safetensors").read_bytes() == (
+            plain / "model.safetensors"
+        ).read_bytes()
+
+
+# ---- what is said --------------------------------------------------------------------------------
+
+
+def test_summaries_and_progress(run, capsys):
+    run("out", gradient_accumulation_steps=2, logging_steps=3, bf16=True)
+    text = capsys.readouterr().err
+    assert "24 samples, 6 steps of 8 = 4 samples x 2 accumulated x 1 processes" in text
+    assert re.search(r"[\d,]+ of [\d,]+ parameters are trained, bfloat16 on cpu", text)
+    line = r"step 3/6  loss \d+\.\d{4}  lr \S+  grad \S+  [\d,]+ tokens/s  [\d.]+ samples/s  0:\d\d"
+    assert re.search(line, text)
+    assert re.search(r"6 steps in 0:\d\d:\d\d: [\d,]+ tokens/s, [\d.]+ samples/s", text)
+    assert text.rstrip().endswith("/out")
+
+
+def test_tokens_are_counted_without_padding(make):
+    trainer, _, dataset, collate = make()
+    rows = [0, 1, 4]
+    batch = NumberedCollator(collate)([(row, dataset[row]) for row in rows])
+    lengths = [len(collate([dataset[row]])["input_ids"][0]) for row in rows]
+    assert (batch["n_samples"], batch["n_tokens"]) == (3, sum(lengths))
+    assert batch["n_supervised"] == int((batch["labels"][:, 1:] != -100).sum())
+
+
+def test_tracker_that_is_not_installed_is_one_line(run):
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    with pytest.raises(UsageError, match="--report_to wandb: not installed; pip install wandb"):
+        run("out", report_to="wandb")
