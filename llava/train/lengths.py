@@ -129,6 +129,8 @@ def make_batches(
     """The batches that each device's loader makes of `order`, all devices together."""
     whole = BatchSampler(order, batch_size, drop_last=False)
     shards = [BatchSamplerShard(whole, world_size, rank) for rank in range(world_size)]
+    if world_size == 1:  # several devices fill their last batches up with rows from the beginning
+        shards = [whole]
     return [_measure(rows, sampled, collate) for shard in shards for rows in shard]
 
 

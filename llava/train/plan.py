@@ -120,7 +120,7 @@ def take(argv: list[str]) -> tuple[list[str], PlanFlags | None]:
     launcher = {name: os.environ.pop(name, None) for name in _LAUNCHER}
     if launcher["RANK"] not in (None, "0"):
         sys.exit(0)
-    world_size = own.world_size or int(launcher["WORLD_SIZE"] or 1)
+    world_size = int(launcher["WORLD_SIZE"] or 1) if own.world_size is None else own.world_size
     _check(own, world_size)
     devices = tuple(find_device(name) for name in own.gpu or ()) or DEVICES
     flags = PlanFlags(
@@ -144,6 +144,11 @@ def make_setup(arguments: Arguments, own: PlanFlags, hidden_size: int) -> Setup:
     settings: dict[str, Any] = {}
     if own.deepspeed:
         settings = zero.check(Path(own.deepspeed), flags, own.world_size)["zero_optimization"]
+        if flags.bits != 16 and settings["stage"] == 3:
+            raise UsageError(
+                f"--bits {flags.bits}: ZeRO-3 cannot split quantised weights; use --deepspeed "
+                "scripts/zero2.json"
+            )
     return Setup(
         world_size=own.world_size,
         batch_size=flags.per_device_train_batch_size,

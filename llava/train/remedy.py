@@ -61,9 +61,10 @@ def candidates(setup: Setup, batch: Batch) -> Iterator[tuple[str, Setup, Batch]]
     zero3 = replace(setup, zero_stage=3, max_live=min(setup.max_live, 10**9))
     offload = replace(zero3, offload_optimizer=True, offload_parameters=True)
     stages = [("", setup)]
-    if setup.zero_stage < 3 and setup.world_size > 1:
+    splits = setup.bits == 16  # ZeRO-3 cannot split quantised weights
+    if splits and setup.zero_stage < 3 and setup.world_size > 1:
         stages.append((ZERO3, zero3))
-    if not (setup.offload_optimizer and setup.offload_parameters):
+    if splits and not (setup.offload_optimizer and setup.offload_parameters):
         stages.append((OFFLOAD, offload))
     for stage_flags, staged in stages:
         for more_checkpointing in (False, True):
