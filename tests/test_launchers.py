@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from llava.train.arguments import parse
+from tests.slurm import install
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *(ROOT / "scripts").rglob("*.s*h")])
@@ -88,8 +89,9 @@ def launch(clone: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedPro
 case "$*" in
   "-c import sys; print(sys.prefix)") echo "{tmp_path}" ;;
   "-m pip "*) ;;
-  "-m mini "* | "-m llava"*)
+  "-m mini "* | "-m llava"* | "-m selection"*)
     echo "$*" >>"{record}"
+    if [ "$2" = selection ]; then mkdir -p "${{@: -1}}" && touch "${{@: -1}}/subset.json"; fi
     mkdir -p playground/mini && touch playground/mini/pool.json playground/mini/captions.json ;;
   *) exec "{sys.executable}" "$@" ;;
 esac
@@ -238,3 +240,30 @@ def test_the_newest_subset_of_the_small_world(launch, clone):
     assert found["--model_name_or_path"] == "mini/base/llama"
     found = trained(launch("finetune_lora.sh", DATA="outputs/other/subset.json"))
     assert found["--model_name_or_path"] == "lmsys/vicuna-7b-v1.5"
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "seed"), [(0, "ards", 5), (1, "random", 5), (3, "random", 6)]
+)
+def test_array_of_methods_and_seeds(launch, clone, tmp_path, task, method, seed):
+    """Each task selects with its method and seed, then trains on that subset, and on no other."""
+    (tmp_path / "bin").mkdir()
+    (clone / "outputs").mkdir()
+    job = install(tmp_path / "bin", 1) | {"SLURM_SUBMIT_DIR": str(clone), "SEEDS": "5 6"}
+    job |= {"NPROC": "1", "POOL": "pool.json", "IMAGES": "images", "PROXY": "proxy", "MODEL": "m"}
+    done = launch("scripts/slurm/methods.sbatch", SLURM_ARRAY_TASK_ID=str(task), **job)
+    found = trained(done, 1)
+    run = f"outputs/{method}-0.3-{seed}"
+    (selected,) = [line for line in done.lines if line[1] == "selection"]
+    flags = f"--pool pool.json --images images --model proxy --seed {seed} --budget 0.3 --out {run}"
+    assert selected == ["-m", "selection", "select", method, *flags.split()]
+    assert found["--data_path"] == f"{run}/subset.json" and found["--seed"] == str(seed)
+    assert found["--output_dir"] == f"checkpoints/{method}-0.3-{seed}-lora"
+    assert found["--model_name_or_path"] == "m"
+
+
+def test_array_larger_than_its_table(launch, clone, tmp_path):
+    (tmp_path / "bin").mkdir()
+    job = install(tmp_path / "bin", 1) | {"SLURM_SUBMIT_DIR": str(clone)}
+    done = launch("scripts/slurm/methods.sbatch", SLURM_ARRAY_TASK_ID="6", **job)
+    assert done.returncode == 2 and "2 methods x 3 seeds; lower --array" in done.stderr
