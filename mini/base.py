@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser, set_parsing_settings
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModel, LlamaForCausalLM
@@ -30,14 +29,13 @@ from mini.fetch import default_cache, fetch
 from mini.render import SIZE
 from mini.world import World, load_world
 from selection.files import atomic_write, make_folder
+from selection.flags import Parser
 
 SHIPPED = Path(__file__).parent / "base"
 _WORDS = "words.safetensors"
 _BANK = "bank.safetensors"
 _PROJECTOR = "projector.safetensors"
 _PROJECTOR_NAMES = {"0": "linear_1", "2": "linear_2"}
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +66,7 @@ class BaseSettings:
 
 def main(args: Sequence[str]) -> None:
     """Parse, make what is missing, and say what is where."""
-    parser = ArgumentParser(prog="python -m mini base", description=__doc__)
+    parser = Parser(prog="python -m mini base", description=__doc__)
     parser.add_class_arguments(BaseSettings)
     settings = BaseSettings(**parser.parse_args(list(args)).as_dict())
     torch.set_num_threads(1)

@@ -6,13 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, set_parsing_settings
-
 from mini.fetch import default_cache
 from mini.pool import build
 from mini.settings import PoolSettings
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from selection.flags import Parser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +39,7 @@ def main(args: Sequence[str]) -> None:
 
 def parse(args: Sequence[str]) -> tuple[BuildSettings, PoolSettings]:
     """Read the flags, with hyphens or underscores."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="python -m mini build",
         description="Build the small real world from package registries: about two minutes the "
         "first time, a second when it is there already.",

@@ -10,12 +10,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, set_parsing_settings
-
 from llava.errors import UsageError
 from selection.files import atomic_write
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from selection.flags import Parser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +25,7 @@ class CaptionSettings:
 
 def main(args: Sequence[str]) -> None:
     """Parse, write, and say how many."""
-    parser = ArgumentParser(prog="python -m mini captions", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m mini captions", description=__doc__.splitlines()[0])
     parser.add_class_arguments(CaptionSettings)
     folder = Path(CaptionSettings(**parser.parse_args(list(args)).as_dict()).data)
     n = write_captions(folder / "pool.json", folder / "captions.json")

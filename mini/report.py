@@ -13,16 +13,14 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 from rich.table import Table
 
 from llava.errors import UsageError
+from selection.flags import Parser
 from selection.methods.base import Context, stream
 from selection.methods.random import Random
 from selection.pool import Pool
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +55,7 @@ class _Labelled(msgspec.Struct):
 
 def main(args: Sequence[str]) -> None:
     """Parse and print."""
-    parser = ArgumentParser(prog="python -m mini report", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m mini report", description=__doc__.splitlines()[0])
     parser.add_class_arguments(ReportSettings, as_group=True)
     settings = ReportSettings(**parser.parse_args(list(args)).as_dict())
     run = Path(settings.run) if settings.run else newest_run(Path("outputs"))

@@ -12,14 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser, set_parsing_settings
 
 from llava.errors import UsageError
 from llava.model.checkpoint import Loaded, load
 from mini.base_accuracy import Accuracy, accuracy, load_questions
 from mini.build import underscored
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from selection.flags import Parser
 
 # row of the table: (file, folder of its pictures or None for none, symbols), relative to eval/
 SETS: dict[str, tuple[str, str | None, str]] = {
@@ -54,7 +52,7 @@ class ScoreSettings:
 
 def main(args: Sequence[str]) -> None:
     """Parse, load, ask, and print a row as soon as it is known."""
-    parser = ArgumentParser(prog="python -m mini score", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m mini score", description=__doc__.splitlines()[0])
     parser.add_class_arguments(ScoreSettings)
     settings = ScoreSettings(**parser.parse_args([underscored(a) for a in args]).as_dict())
     loaded = load(settings.model, base=settings.model_base, dtype=torch.float32)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import xxhash
-from jsonargparse import ArgumentParser, set_parsing_settings
 
 from llava.errors import UsageError
 from llava.model.checkpoint import load
@@ -26,9 +25,8 @@ from llava.train.arguments import parse
 from mini.base import SHIPPED
 from mini.base_accuracy import accuracy, load_questions
 from selection.files import atomic_write, make_folder
+from selection.flags import Parser
 from selection.pool import Pool
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,7 @@ class WarmupSettings:
 
 def main(args: Sequence[str]) -> None:
     """Parse, train and measure, or say what was measured when this very proxy is there."""
-    parser = ArgumentParser(prog="python -m mini warmup", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m mini warmup", description=__doc__.splitlines()[0])
     parser.add_class_arguments(WarmupSettings)
     settings = WarmupSettings(**parser.parse_args(list(args)).as_dict())
     done, made_from = Path(settings.out) / "warmup.json", identity(settings)

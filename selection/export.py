@@ -196,9 +196,11 @@ def warnings_of(
     """What a user should know before trusting the subset."""
     found, facts = [], cut_facts(scores, rows)
     if bad:
-        found.append(f"{len(bad)} samples could not be scored: see bad_samples.jsonl")
+        found.append(f"{count(len(bad), 'sample')} could not be scored: see bad_samples.jsonl")
     if pool.duplicate_ids:
-        found.append(f"{pool.duplicate_ids} samples repeat an id: name samples by row or uid")
+        found.append(
+            f"{count(pool.duplicate_ids, 'sample')} with a repeated id: name samples by row or uid"
+        )
     if facts["n_tied_chosen"] < facts["n_tied"]:
         found.append(
             f"{facts['n_tied']} samples tie at the lowest chosen score; {facts['n_tied_chosen']} "
@@ -236,3 +238,8 @@ def unseal(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return manifest if manifest.pop("checksum", None) == digest else None
+
+
+def count(n: int, noun: str) -> str:
+    """`n` and the noun: 1 sample, 2 samples."""
+    return f"{n} {noun}{'s' * (n != 1)}"

@@ -65,7 +65,9 @@ def source_of(record: Record, named: Any = None) -> str:
     folder, slash, _ = record.image.partition("/")
     if folder != "coco":
         return (
-            {"ocr_vqa": "ocrvqa", "textvqa": "textcaps"}.get(folder, folder) if slash else "unknown"
+            {"ocr_vqa": "ocrvqa", "textvqa": "textcaps"}.get(folder, folder)
+            if slash and folder
+            else "unknown"
         )
     text = first_human(record)
     if "option's letter" in text:

@@ -164,6 +164,11 @@ def claim_folder(wanted: tuple[Path, bool], identity: Mapping[str, Any]) -> tupl
             return out, False
         if held == identity:
             return out, (out / "manifest.json").exists()
+        if not force_new and not held:
+            raise UsageError(
+                f"--out {out}: is not empty and holds no run: choose another --out, or "
+                "--force-new to write beside it"
+            )
         if not force_new:
             changes = "; ".join(differences(held, identity))
             raise UsageError(
@@ -174,7 +179,8 @@ def claim_folder(wanted: tuple[Path, bool], identity: Mapping[str, Any]) -> tupl
 
 
 def _held_by(out: Path) -> dict[str, Any] | None:
-    """Identity of the run that claimed `out`; None if the folder is absent or empty."""
+    """Identity of the run that claimed `out`: None if the folder is absent or empty, {} if it
+    holds other things."""
     claim = out / "run.json"
     if claim.exists():
         try:
@@ -182,7 +188,7 @@ def _held_by(out: Path) -> dict[str, Any] | None:
         except (OSError, ValueError):
             return {"run.json": "unreadable"}
     if out.is_dir() and any(out.iterdir()):
-        return {"run.json": "absent, but the folder is not empty"}
+        return {}
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file")
     return None

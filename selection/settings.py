@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import Namespace
 
 from llava.errors import UsageError
 
+from .flags import Parser
 from .methods import Method, get_method
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +54,15 @@ class ProxySettings:
     """processes that open and prepare images; -1: four a GPU, none on a CPU"""
     max_bad: float = 0.001
     """share of samples that may be unusable (one always may) before the run stops with exit 65"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        if self.num_workers < -1:
+            raise UsageError(f"--num_workers {self.num_workers}: give 0 or more, or -1 for auto")
+        if not 0 <= self.max_bad <= 1:
+            raise UsageError(f"--max_bad {self.max_bad}: is a share of the pool, 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +113,7 @@ class Run:
 def parse_select(argv: list[str]) -> Run:
     """Read `[METHOD] [--flags]`; the method may stand in the `--config` file instead.
 
-    Raises UsageError for an unknown method or preset; the parser exits with 2 on a wrong flag.
+    Raises UsageError for an unknown method, preset or flag and for a value that cannot be.
     """
     name, argv = _method_name(argv)
     method_type = get_method(name)
@@ -126,7 +134,7 @@ def parse_select(argv: list[str]) -> Run:
     )
 
 
-def _add_presets(parser: ArgumentParser, method_type: type[Method], argv: list[str]) -> None:
+def _add_presets(parser: Parser, method_type: type[Method], argv: list[str]) -> None:
     """Add `--preset`, and make the values of the one that argv or its file names defaults."""
     presets = method_type.presets
     known = ", ".join(presets) or "none for this method"
@@ -153,8 +161,8 @@ def dump(flat: dict) -> str:
     return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
 
 
-def _parser(prog: str, about: str | None, *groups: type) -> ArgumentParser:
-    parser = ArgumentParser(prog=prog, description=about, add_help=True)
+def _parser(prog: str, about: str | None, *groups: type) -> Parser:
+    parser = Parser(prog=prog, description=about, add_help=True)
     parser.add_argument(
         "--config", action="config", help="YAML file of settings; flags after it override it"
     )
@@ -163,7 +171,7 @@ def _parser(prog: str, about: str | None, *groups: type) -> ArgumentParser:
     return parser
 
 
-def _parse(parser: ArgumentParser, argv: list[str], groups: tuple[type, ...]) -> dict:
+def _parse(parser: Parser, argv: list[str], groups: tuple[type, ...]) -> dict:
     parsed: Namespace = parser.parse_args(_normalise(argv, groups))
     flat = parsed.as_dict()
     flat.pop("config", None)

@@ -11,10 +11,12 @@ import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 
-from llava.errors import StorageError, UserError
+from llava.errors import StorageError, UsageError, UserError
 from selection.environment import environment, environment_changes
-from selection.export import describe_file, ranking, subset_pieces, unseal
+from selection.export import count, describe_file, ranking, subset_pieces, unseal
 from selection.pool import Pool
+
+RUN_FILES = ("run.json", "subset.json", "manifest.json")  # claimed, chosen, finished
 
 
 @dataclass
@@ -26,7 +28,12 @@ class Findings:
 
 
 def verify_run(folder: str | Path) -> None:
-    """Print what `inspect_run` finds; raises StorageError when there is a problem."""
+    """Print what `inspect_run` finds.
+
+    Raises StorageError when there is a problem, UsageError where no run ever was.
+    """
+    if not any((Path(folder) / name).is_file() for name in RUN_FILES):
+        raise UsageError(f"{folder}: no run folder; name the one that holds subset.json")
     findings = inspect_run(folder)
     for text in findings.warnings:
         print(f"warning: {text}")
@@ -34,8 +41,8 @@ def verify_run(folder: str | Path) -> None:
         print(f"problem: {text}")
     if findings.problems:
         raise StorageError(
-            f"{folder}: {len(findings.problems)} problems: this is not what the run wrote; "
-            "run the command in its config.yaml again into another folder"
+            f"{folder}: {count(len(findings.problems), 'problem')}: not what the run wrote; run "
+            "the command in its config.yaml again into another folder"
         )
     print(f"{folder}: sound")
 
@@ -45,7 +52,9 @@ def inspect_run(folder: str | Path) -> Findings:
     folder, findings = Path(folder), Findings()
     manifest = unseal(folder / "manifest.json")
     if manifest is None:
-        findings.problems.append("manifest.json is absent, damaged or edited")
+        absent = not (folder / "manifest.json").exists()
+        state = "absent: the run is not finished, or lost it" if absent else "damaged or edited"
+        findings.problems.append(f"manifest.json is {state}")
         return findings
     for name, expected in manifest["files"].items():
         path = folder / name

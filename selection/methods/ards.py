@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
+    """How ARDS scores; defaults are the paper's."""
+
     vector: Literal["attention", "last_token"] = "attention"
     """conversation vector: the last token's state joined with the attention-weighted states, or
     the last token's state alone"""
@@ -392,9 +394,9 @@ def _describe(subgroup: Subgroup, loss: float, weight: float, keys: np.ndarray) 
 
 def _notes(clusters: list[Cluster], subgroups: list[Subgroup]) -> tuple[str, ...]:
     short = sum(len(found.rows) < found.cluster.subgroup_size for found in subgroups)
-    notes = []
-    if len(subgroups) < len(clusters):
-        notes.append(f"{len(clusters) - len(subgroups)} clusters have nothing to perturb")
-    if short:
-        notes.append(f"{short} of {len(subgroups)} subgroups have fewer members than asked for")
-    return tuple(notes)
+    silent = len(clusters) - len(subgroups)
+    notes = {
+        f"{silent} clusters have nothing to perturb": silent,
+        f"{short} of {len(subgroups)} subgroups have fewer members than asked for": short,
+    }
+    return tuple(note for note, n in notes.items() if n)

@@ -39,3 +39,6 @@ def test_verbs_and_help():
     assert "--position_bias" in help_text and "share of emoji_mcq" in help_text
     unknown = _run("biuld")
     assert unknown.returncode == 2 and "no verb 'biuld'" in unknown.stderr
+    misspelt = _run("build", "--sed", "3")
+    assert misspelt.returncode == 2 and misspelt.stderr.count("\n") == 1
+    assert misspelt.stderr.startswith("error: --sed: no such flag, did you mean --seed?")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.errors import StorageError
+from llava.errors import StorageError, UsageError
 from selection import export
 from selection.budget import top_k
 from selection.environment import environment, environment_changes
@@ -122,13 +122,26 @@ def test_every_changed_byte_of_every_file_is_found(run):
         (run / name).write_bytes(data)
 
 
+def test_what_is_no_run_and_what_is_not_finished_are_told_apart(run, tmp_path):
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(UsageError, match="no run folder"):
+            verify_run(folder)
+    (run / "run.json").write_text("{}")
+    (run / "manifest.json").unlink()
+    assert inspect_run(run).problems == [
+        "manifest.json is absent: the run is not finished, or lost it"
+    ]
+    with pytest.raises(StorageError, match="1 problem: "):
+        verify_run(run)
+
+
 def test_every_manifest_field_is_guarded(run):
     """P7: tamper with each field."""
     original = (run / "manifest.json").read_bytes()
     for field in json.loads(original):
         manifest = json.loads(original) | {field: "tampered"}
         (run / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        assert inspect_run(run).problems == ["manifest.json is absent, damaged or edited"]
+        assert inspect_run(run).problems == ["manifest.json is damaged or edited"]
 
 
 def reseal(run, **files):

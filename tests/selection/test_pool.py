@@ -259,6 +259,11 @@ def test_source_rule(tmp_path):
     assert source_of(pool.record(0), "given") == "given"
 
 
+def test_source_of_an_absolute_path_is_unknown(tmp_path):
+    pool = opened(tmp_path, [record(image="/data/1.jpg")])
+    assert pool.sources.tolist() == ["unknown"]
+
+
 def test_first_human_is_the_question(tmp_path):
     greeted = record(
         conversations=[{"from": "gpt", "value": "Hi"}, {"from": "human", "value": "Q?"}]

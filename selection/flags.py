@@ -1,0 +1,44 @@
+"""A command line whose mistakes are told in one line, with the nearest right flag."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from llava.errors import UsageError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_VALUE = re.compile(r'Parser key "(\S+)":\s*Expected an? (.+?)\. Got value: (.*)', re.DOTALL)
+_CLASS = re.compile(r"<class '(\w+)'>|typing\.")
+_UNKNOWN = re.compile(r"unrecognized arguments: (.*)", re.DOTALL)
+_MISSING = "the following arguments are required: "
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, but a mistake raises UsageError instead of printing every flag."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(f"{self._told(message)}; {self.prog} --help explains all flags") from ex
+
+    def _told(self, message: str) -> str:
+        if found := _VALUE.search(message):
+            name, expected, value = found.groups()
+            expected = _CLASS.sub(r"\1", expected).replace("Literal[", "one of [")
+            return f"--{name} {' '.join(value.split())}: expected {expected}"
+        if found := _UNKNOWN.search(message):
+            words = found[1].split()
+            flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+            return "; ".join(map(self._no_flag, flags)) or f"{' '.join(words)}: belongs to no flag"
+        if message.startswith(_MISSING):
+            names = message.removeprefix(_MISSING).split(", ")
+            return f"{', '.join(f'--{name}' for name in names)} is missing"
+        return " ".join(message.split())
+
+    def _no_flag(self, flag: str) -> str:
+        known = [name for action in self._actions for name in action.option_strings]
+        near = difflib.get_close_matches(flag, known, n=1)
+        return f"{flag}: no such flag{f', did you mean {near[0]}?' if near else ''}"
