@@ -50,9 +50,9 @@ def load_model(arguments: Arguments) -> Loaded:
     """The model that training starts from, with the samples' settings of the flags.
 
     In float32, or in the type of the computation when its language model stays frozen or DeepSpeed
-    keeps the float32 copy. With ZeRO-3 each process holds its share: the first reads the files.
+    keeps the float32 copy. With ZeRO-3, after `zero.start`, each process holds its share of weights
+    that the first reads.
     """
-    zero.start(arguments.training)
     name = arguments.model.model_name_or_path
     folder = find_directory(name)
     kind = inspect(folder)
@@ -63,7 +63,7 @@ def load_model(arguments: Arguments) -> Loaded:
     if kind is Kind.LANGUAGE_MODEL and arguments.model.vision_tower:
         loaded = _assembled(arguments, folder)
     else:
-        if arguments.model.vision_tower:
+        if arguments.model.vision_tower and arguments.training.should_save:
             print(f"--vision_tower is not used: {name} brings its own", file=sys.stderr)
         loaded = load(folder, dtype=_start_dtype(arguments))
         if arguments.model.pretrain_mm_mlp_adapter:
