@@ -225,7 +225,8 @@ class ImageProcessor:
         short, long = sorted(image.size)
         scaled = int(self.size * long / short)
         size = (self.size, scaled) if image.width == short else (scaled, self.size)
-        image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+        image = image.resize(size, Image.Resampling.BICUBIC)
         left, top = ((side - self.size) // 2 for side in size)
         return image.crop((left, top, left + self.size, top + self.size))
 
