@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +203,9 @@ def main(attention: str | None = None) -> None:
         print_plan(arguments, plan)
 
 
+_AFTER_OTHERS = 5  # seconds: the launcher names the process that it sees end first as the cause
+
+
 class Interrupted(UserError):
     """Ended from the keyboard."""
 
@@ -228,9 +232,11 @@ def _spoken(main: Callable[[], None]) -> None:
         _end(error, "error: ")
     except KeyboardInterrupt:
         _end(Interrupted("interrupted; run the same command again to continue"), "")
-    except Exception:
+    except Exception as error:
         if ranks.said():
             sys.exit(1)
+        if ranks.lost_another(error):
+            time.sleep(_AFTER_OTHERS)
         raise
 
 

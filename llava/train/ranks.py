@@ -134,6 +134,11 @@ def said() -> bool:
     return dist.is_available() and dist.is_initialized() and _counted(0) > 0
 
 
+def lost_another(error: Exception) -> bool:
+    """Whether `error` only says that another process did not answer."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def _counted(more: int) -> int:
     """Errors that were told, in the store that the processes met in."""
     try:
