@@ -55,7 +55,7 @@ def skeleton(
     with quiet_transformers(), torch.device("meta"):
         model = cls(config).eval()
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    tied = {name for name in wanted if name not in dict(model.named_parameters())}
+    tied = wanted.keys() - {name for name, _ in model.named_parameters()}
     shared = wanted.keys() & state.keys()
     shapes = ((name, state[name].shape, wanted[name]) for name in shared)
     _check_shapes([shape for shape in shapes if shape[1] != shape[2]], where)
