@@ -1,0 +1,112 @@
+"""selection.sh: what it prepares, what it asks selection for, and what it leaves to the caller."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WORLD = "playground/mini"
+SMALL = f"--pool {WORLD}/pool.json --images {WORLD}/images --model {WORLD}/proxy --budget 0.3"
+
+
+@pytest.fixture
+def select(tmp_path):
+    """Run the launcher in the shell part of a clone; the commands it hands to PYTHON, in order."""
+    clone, python, record = tmp_path / "clone", tmp_path / "python", tmp_path / "record"
+    (clone / "mini").mkdir(parents=True)
+    shutil.copytree(ROOT / "scripts", clone / "scripts")
+    for name in ("selection.sh", "constraints.txt", "pyproject.toml", "mini/ards.yaml"):
+        shutil.copy(ROOT / name, clone / name)
+    python.write_text(
+        f"""#!/usr/bin/env bash
+case "$*" in
+  "-c import sys; print(sys.prefix)") echo "{tmp_path}" ;;
+  "-c import torch; print"*) echo "${{GPUS:-1}}" ;;
+  "-m pip "*) ;;
+  "-m "*) echo "${{*:2}}" >>"{record}"; [[ "$*" != *"$FAILS"* ]] || exit 65 ;;
+  *) exec "{sys.executable}" "$@" ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+
+    def select(*flags: str, code: int = 0, **environment: str) -> list[str]:
+        record.write_text("")
+        names = {"NPROC", "TORCHRUN_ARGS"}
+        inherited = {name: value for name, value in os.environ.items() if name not in names}
+        own = {"PYTHON": str(python), "FAILS": "never", **environment}
+        done = subprocess.run(
+            ["bash", clone / "selection.sh", *flags], env=inherited | own, capture_output=True
+        )
+        assert done.returncode == code, done.stderr
+        return record.read_text().splitlines()
+
+    return select
+
+
+def test_nothing_set_is_ards_on_the_small_world_and_its_report(select):
+    assert select() == [
+        "mini build --out playground/mini",
+        "mini warmup --data playground/mini --out playground/mini/proxy",
+        f"selection select ards --config mini/ards.yaml {SMALL}",
+        "mini report",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "selects", "reports"),
+    [
+        (["random"], f"random {SMALL}", ["mini report"]),
+        (
+            ["--out", "o", "--seed", "1"],
+            f"ards --config mini/ards.yaml {SMALL} --out o --seed 1",
+            ["mini report --run o"],
+        ),
+        (["random", "--out=o"], f"random {SMALL} --out=o", ["mini report --run o"]),
+        (["random", "--dry-run"], f"random {SMALL} --dry-run", []),
+    ],
+)
+def test_flags_come_last_and_the_report_is_of_that_run(select, flags, selects, reports):
+    lines = select(*flags)
+    assert [line.split()[1] for line in lines[:2]] == ["build", "warmup"]
+    assert lines[2:] == [f"selection select {selects}", *reports]
+
+
+@pytest.mark.parametrize(
+    ("flags", "selects"),
+    [
+        (["--pool", "p.json", "--model", "m"], "ards --pool p.json --model m"),
+        (["random", "--pool=p.json"], "random --pool=p.json"),
+        (["--config", "run/config.yaml"], "--config run/config.yaml"),
+        (["random", "--config=c.yaml"], "random --config=c.yaml"),
+        (["--help"], "ards --help"),
+        (["random", "-h"], "random -h"),
+        (["--print_config"], "ards --print_config"),
+    ],
+)
+def test_a_pool_a_file_or_help_builds_no_small_world(select, flags, selects):
+    assert select(*flags) == [f"selection select {selects}"]
+
+
+def test_one_process_a_gpu_and_what_torchrun_is_told(select):
+    def start(**environment: str) -> str:
+        (line,) = select("random", "--pool", "p", **environment)
+        return line
+
+    run, chosen = "torch.distributed.run", "-m selection select random --pool p"
+    assert start(GPUS="4") == f"{run} --standalone --nproc_per_node 4 {chosen}"
+    assert start(GPUS="4", NPROC="2") == f"{run} --standalone --nproc_per_node 2 {chosen}"
+    assert start(GPUS="4", NPROC="1") == chosen.removeprefix("-m ")
+    nodes = "--nnodes 2 --node_rank 1"
+    assert start(TORCHRUN_ARGS=nodes) == f"{run} {nodes} --nproc_per_node 1 {chosen}"
+
+
+def test_a_stage_that_fails_is_the_last_and_its_code_is_the_launchers(select):
+    assert select(FAILS="mini warmup", code=65)[-1].startswith("mini warmup")
+    assert select(FAILS="select", code=65)[-1].startswith("selection select")
