@@ -81,7 +81,11 @@ def _run_rows(plan: Plan, arguments: Arguments) -> list[tuple[str, ...]]:
         ("computed in", precision, f"{zero}{offload}{checkpointing}"),
         ("global batch", f"{steps.global_batch:,}", shape),
         ("steps an epoch", f"{steps.per_epoch:,}"),
-        ("steps in all", f"{steps.total:,}", f"{steps.epochs:.3g} epochs"),
+        (
+            "steps in all",
+            f"{steps.total:,}",
+            f"{steps.epochs:.3g} epoch" + "s" * (steps.epochs != 1),
+        ),
     ]
 
 

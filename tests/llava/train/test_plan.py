@@ -223,6 +223,38 @@ def test_padded_attention_of_pytorch_keeps_its_mask(flags, stage):
     assert kept["bytes"] == pytest.approx(expected + casts, rel=0.03)
 
 
+@pytest.mark.slow
+def test_bytes_of_real_deepspeed_states(flags, tmp_path):
+    """ZeRO-2 and 3 on two processes: what each of them holds, to the last byte.
+
+    Adam counts its steps in one number a group of weights, which is not planned.
+    """
+    runs = [
+        flags(stage, deepspeed=f"scripts/zero{number}.json", bf16=True, max_steps=1)
+        for number in (2, 3)
+        for stage in ("full", "lora")
+    ]
+    path = tmp_path / "runs.json"
+    path.write_text(json.dumps(runs))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    script = Path(__file__).with_name("measured.py")
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script), str(path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(path.with_suffix(".measured").read_text())
+    for words, measured in zip(runs, found, strict=True):
+        plan = planned(words, "--world_size", "2")
+        for name, value in measured.items():
+            steps_of_adam = 64 if name == "optimizer" else 0
+            assert 0 <= value - getattr(plan.memory, name) <= steps_of_adam, (words, name)
+
+
 # ---- flags and program ---------------------------------------------------------------------------
 
 
