@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 
 import psutil
@@ -44,7 +45,8 @@ def _forward(number: int, frame: FrameType | None) -> None:
     """Hand the signal on to the ranks: the direct children, not their loader processes."""
     _seen.add(number)
     for rank in psutil.Process().children():
-        rank.send_signal(number)
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            rank.send_signal(number)
 
 
 def _exit_code(error: ChildFailedError) -> int:
