@@ -171,7 +171,7 @@ def _disk_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def _gib(n_bytes: float) -> str:
-    return f"{n_bytes / _GIB:,.1f} GiB" if n_bytes >= _GIB / 10 else f"{n_bytes / 2**20:,.1f} MiB"
+    return f"{n_bytes / _GIB:,.1f} GiB" if n_bytes >= _GIB else f"{n_bytes / 2**20:,.1f} MiB"
 
 
 def _short(number: float) -> str:
