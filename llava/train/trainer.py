@@ -281,6 +281,8 @@ class LlavaTrainer(transformers.Trainer):
             self.args.eval_batch_size,
             self.args.dataloader_num_workers,
         )
+        if zero.stage(self.args) == 3:  # weights fetched for a backward pass that never comes
+            self.deepspeed.empty_partition_cache()
         self.model.train()
         values = {"loss": loss, "tokens": n_tokens, "runtime": time.monotonic() - started}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
