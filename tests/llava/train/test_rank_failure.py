@@ -89,10 +89,16 @@ def steep(lm: Path, folder: Path) -> Path:
     return folder
 
 
+def losses(folder: Path) -> list[float]:
+    lines = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [line["eval_loss"] for line in lines if "eval_loss" in line]
+
+
 @pytest.mark.slow
 def test_all_processes_learn_what_one_has_met(run, parts, squares, tmp_path):
     """Under DDP and under ZeRO-2: a NaN and an unusable sample of the second process, a gradient
-    that is not finite, nothing to learn from. Then the same processes train well."""
+    that is not finite, nothing to learn from. Then the same processes train well, and under ZeRO-3
+    they measure the held-out loss that one process measures."""
     records = json.loads((squares / "text.json").read_text())[:4]
     for row, record in enumerate(records):
         record["conversations"][1]["value"] = "@@" if row == 3 else "red"
@@ -110,6 +116,7 @@ def test_all_processes_learn_what_one_has_met(run, parts, squares, tmp_path):
     }
     text = {"data_path": tmp_path / "one.json", **TEXT_ONLY, **common}
     zero = {"deepspeed": ROOT / "scripts" / "zero2.json"}
+    held_out = {"eval_data_path": squares / "mixed.json", "eval_on_start": True}
     cases = [
         {**text, "model_name_or_path": nan},
         {**text, "model_name_or_path": steep(parts / "lm", tmp_path / "steep")},
@@ -118,6 +125,7 @@ def test_all_processes_learn_what_one_has_met(run, parts, squares, tmp_path):
         {**text},
         {**text, **zero, "model_name_or_path": nan},
         {**text, **zero, "model_name_or_path": tmp_path / "steep"},
+        {**common, **held_out, "deepspeed": ROOT / "scripts" / "zero3.json"},
     ]
     turns = [run.flags(f"turn-{n}", **case) for n, case in enumerate(cases)]
     (tmp_path / "turns.json").write_text(json.dumps([[str(w) for w in t] for t in turns]))
@@ -135,11 +143,15 @@ def test_all_processes_learn_what_one_has_met(run, parts, squares, tmp_path):
         (0, "", ""),
         (70, "loss is nan", "from 0: 2 (id 6), 3 (id 9). "),
         (70, "gradient's norm is inf", "0 (id 0), 1 (id 3), 2 (id 6), 3 (id 9). "),
+        (0, "", ""),
     ]
     for (code, text), (expected_code, *parts_of_text) in zip(endings[0], expected, strict=True):
         assert code == expected_code, text
         assert all(part in text for part in parts_of_text), text
     assert not (tmp_path / "turn-0" / "model.safetensors").exists()
+    alone = run("alone", **common, **held_out)
+    ours, theirs = (losses(folder) for folder in (alone, tmp_path / "turn-7"))
+    assert len(ours) == 2 and ours[0] == pytest.approx(theirs[0], rel=1e-5)
 
 
 @pytest.mark.slow
