@@ -48,6 +48,12 @@ class CheckSettings:
     workers: int = 16
     """threads"""
 
+    def __post_init__(self) -> None:
+        get_template(self.template)
+        for name in ("workers", "image_tokens", "model_max_length"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Defect:

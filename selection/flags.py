@@ -14,6 +14,8 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 _VALUE = re.compile(r'Parser key "(\S+)":\s*Expected an? (.+?)\. Got value: (.*)', re.DOTALL)
 _CLASS = re.compile(r"<class '(\w+)'>|typing\.")
+_TYPES = {"tuple": "a list such as '[a,b]'"}
+_OPTION = re.compile(r"Option '(\w+)' is not accepted")
 _UNKNOWN = re.compile(r"unrecognized arguments: (.*)", re.DOTALL)
 _MISSING = "the following arguments are required: "
 
@@ -28,7 +30,10 @@ class Parser(ArgumentParser):
         if found := _VALUE.search(message):
             name, expected, value = found.groups()
             expected = _CLASS.sub(r"\1", expected).replace("Literal[", "one of [")
+            expected = _TYPES.get(expected, expected)
             return f"--{name} {' '.join(value.split())}: expected {expected}"
+        if found := _OPTION.search(message):
+            return self._no_flag(f"--{found[1]}")
         if found := _UNKNOWN.search(message):
             words = found[1].split()
             flags = [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -41,4 +46,4 @@ class Parser(ArgumentParser):
     def _no_flag(self, flag: str) -> str:
         known = [name for action in self._actions for name in action.option_strings]
         near = difflib.get_close_matches(flag, known, n=1)
-        return f"{flag}: no such flag{f', did you mean {near[0]}?' if near else ''}"
+        return f"{flag}: no such flag{f' (did you mean {near[0]}?)' if near else ''}"

@@ -222,7 +222,8 @@ def _from_config(argv: list[str]) -> dict:
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: cannot be read ({error})") from None
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {path}: cannot be read ({reason})") from None
     if not isinstance(config, dict):
         raise UsageError(f"--config {path}: not a YAML mapping of settings")
     return config

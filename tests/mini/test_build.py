@@ -41,4 +41,4 @@ def test_verbs_and_help():
     assert unknown.returncode == 2 and "no verb 'biuld'" in unknown.stderr
     misspelt = _run("build", "--sed", "3")
     assert misspelt.returncode == 2 and misspelt.stderr.count("\n") == 1
-    assert misspelt.stderr.startswith("error: --sed: no such flag, did you mean --seed?")
+    assert misspelt.stderr.startswith("error: --sed: no such flag (did you mean --seed?)")

@@ -8,6 +8,7 @@ import random
 import pytest
 from PIL import Image
 
+from llava.errors import UsageError
 from selection.__main__ import main
 from tests.tiny_models import save_llava
 
@@ -114,6 +115,12 @@ def test_labels_are_checked_with_a_tokenizer(tmp_path, images):
     assert code == 2
     assert [(entry["row"], entry["kind"]) for entry in found] == [(5, "labels")]
     assert "no supervised token within 256" in found[0]["reason"]
+
+
+def test_settings_that_cannot_be_are_refused_before_a_row_is_read(tmp_path, images):
+    for flags in (["--workers", "0"], ["--model_max_length", "-1"], ["--template", "v2"]):
+        with pytest.raises(UsageError, match=flags[1]):
+            check(tmp_path, images, GOOD, *flags)
 
 
 def test_images_without_a_folder_are_defects(tmp_path, capsys):

@@ -1,7 +1,6 @@
 """A mistake on the command line is one line that names the flag, the value and a remedy."""
 
 import pytest
-import yaml
 
 from llava.errors import UsageError
 from selection.settings import VerifySettings, parse_plain, parse_select
@@ -19,10 +18,10 @@ def told(*argv: str) -> str:
 
 
 def test_a_misspelt_flag_gets_the_nearest_one():
-    assert told("--buget", "0.4").startswith("--buget: no such flag, did you mean --budget?")
-    assert told("--buget=0.4").startswith("--buget: no such flag, did you mean --budget?")
+    assert told("--buget", "0.4").startswith("--buget: no such flag (did you mean --budget?);")
+    assert told("--buget=0.4").startswith("--buget: no such flag (did you mean --budget?);")
     both = told("--buget=0.4", "--imagse", "x")
-    assert "--budget?; --imagse: no such flag, did you mean --images?" in both
+    assert "--budget?); --imagse: no such flag (did you mean --images?)" in both
     assert told("--zzzzqqq", "1").startswith("--zzzzqqq: no such flag; ")
     assert told("0.4").startswith("0.4: belongs to no flag; ")
 
@@ -43,10 +42,15 @@ def test_what_is_missing_is_named():
 
 def test_files_are_told_like_flags(tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({"pool": "p.json", "budgte": "0.2"}))
-    assert "budgte" in told("--config", str(config))
-    config.write_text(yaml.safe_dump({"seed": "x"}))
-    assert "x" in told("--config", str(config))
-    assert "absent.yaml" in str(
-        pytest.raises(UsageError, parse_select, [*POOL, "--config", "absent.yaml"]).value
-    )
+    for text, words in {
+        "pool: p.json\nbudgte: 0.2": "--budgte: no such flag (did you mean --budget?)",
+        "seed: x": "x",
+        "image_roots: coco": "--image_roots coco: expected a list such as '[a,b]'",
+    }.items():
+        config.write_text(text)
+        assert words in told("--config", str(config))
+    for text in ("seed: [", "- seed", ""):
+        config.write_text(text)
+        with pytest.raises(UsageError, match=f"^--config {config}: .+") as caught:
+            parse_select(["--config", str(config)])
+        assert "\n" not in str(caught.value)
