@@ -185,6 +185,11 @@ def _check_training(flags: TrainingArguments) -> None:
             flags.logging_nan_inf_filter,
             "--logging_nan_inf_filter must stay False: a loss that is not finite stops the run",
         ),
+        (
+            flags.save_only_model,
+            "--save_only_model: a run could not go on from such a checkpoint; leave it out, "
+            "--save_total_limit bounds the disk",
+        ),
         (flags.label_smoothing_factor, "--label_smoothing_factor is not supported; leave it 0"),
         (
             flags.load_best_model_at_end,

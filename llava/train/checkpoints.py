@@ -14,11 +14,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
 
-from llava.errors import RefusedError
+from llava.errors import RefusedError, StorageError
 from llava.model.weights import write_json
 
 from . import ranks
@@ -27,12 +28,32 @@ MARKER = "COMPLETE"
 KEPT_AT_LEAST = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
 _OF_A_RANK = re.compile(r"(?:rank_|rng_state_)(\d+)")
+_OF_ARCHIVE = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos")
 _BLOCK = 1 << 22
 
 
 def step_of(folder: Path) -> int:
     """The optimizer step after which `folder`, a `checkpoint-N`, was written."""
     return int(_NAME.fullmatch(folder.name)[1])
+
+
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """A disk that is full, read-only or faulty while `folder` is written becomes a StorageError.
+
+    PyTorch says the same as a RuntimeError of its archive writer.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _OF_ARCHIVE.search(str(error)):
+            raise
+        free = shutil.disk_usage(folder.parent).free
+        reason = getattr(error, "strerror", None) or "PyTorch could not write a file"
+        raise StorageError(
+            f"{folder}: cannot write: {reason} ({free / 2**20:,.0f} MiB are free); make room and "
+            "run the same command again, the checkpoint before it is whole"
+        ) from error
 
 
 def mark_complete(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -311,7 +311,8 @@ class LlavaTrainer(transformers.Trainer):
             return  # this step was saved a moment ago, before its epoch ended
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with checkpoints.written_to(folder):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self._save_meters(folder)

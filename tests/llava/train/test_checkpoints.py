@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from llava.errors import RefusedError, UsageError
 from llava.train import checkpoints
 from llava.train.checkpoints import MARKER, flaw, is_complete, mark_complete, newest_complete
 
-from ...faults import flip_bit
+from ...faults import flip_bit, tiny_disk
 
 FILES = {
     "model.safetensors": b"weights" * 50,
@@ -165,3 +167,15 @@ def test_checkpoint_of_another_run_is_refused(run):
 def test_the_model_itself_is_no_place_for_the_result(run, parts):
     with pytest.raises(UsageError, match="is the model itself"):
         run("out", output_dir=parts / "lm")
+
+
+@pytest.mark.parametrize("size", [40_000, 160_000, 200_000])  # cuts the model, the optimizer, ...
+def test_full_disk_is_one_line_and_what_is_left_is_no_checkpoint(run, tmp_path, size):
+    """P12."""
+    flags = {"save_strategy": "steps", "save_steps": 2, "lora_enable": True, "lora_r": 8}
+    command = [sys.executable, "-m", "llava.train", *run.flags("disk/out", **flags)]
+    with tiny_disk(tmp_path / "disk", size) as disk:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert newest_complete(disk / "out") is None
+    assert done.returncode == 74, done.stderr
+    assert "cannot write" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
