@@ -105,7 +105,8 @@ def run_select(argv: list[str]) -> None:
     if run.dry_run:
         if selection.ranks.rank == 0:
             print(f"{run.method.name}: {selection.k} of {len(selection.pool)} samples")
-            print_plan(selection.pool, run.method.signals(), run.pool, run.proxy)
+            method, pool = run.method, selection.pool
+            print_plan(pool, method.signals(), run.pool, run.proxy, method.foreseen(pool))
         return
     selection.execute()
 

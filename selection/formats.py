@@ -38,3 +38,8 @@ def formats_of(pool: Pool) -> np.ndarray:
         if row not in pool.bad:
             out[row] = codes[instruction_format(pool.first_human(row), pool.has_image[row])]
     return out
+
+
+def perturbable(pool: Pool, formats: np.ndarray) -> np.ndarray:
+    """Which samples ARDS can perturb, (N,) bool: those with an image, and multiple choice."""
+    return (pool.has_image & (formats >= 0)) | (formats == FORMATS.index(CHOICE))

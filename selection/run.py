@@ -25,6 +25,7 @@ from .proxies.base import Proxy
 from .proxy import load_proxy, pick_device
 from .ranks import Ranks
 from .settings import PoolSettings, ProxySettings, Run, dump
+from .signals.base import Signal
 from .store import StoreReader, differences
 from .summary import print_summary
 
@@ -232,19 +233,29 @@ def extract_signal(
 
 
 def print_plan(
-    pool: Pool, signals: Mapping[str, Any], where: PoolSettings, settings: ProxySettings
+    pool: Pool,
+    signals: Mapping[str, Signal],
+    where: PoolSettings,
+    settings: ProxySettings,
+    foreseen: Mapping[str, Request] | None = None,
 ) -> None:
-    """What extracting `signals` for the whole pool would take; computes a few samples to know."""
+    """What extracting `signals` for the whole pool would take; computes a few samples to know.
+
+    `foreseen`: what comes after them, on rows that only they will tell.
+    """
     if not signals:
         print(f"{len(pool)} samples; no signal to compute: a second or two")
         return
     proxy = open_proxy(settings)
-    for name, signal in signals.items():
+    rows = np.arange(len(pool))
+    requests = {name: Request(signal, rows) for name, signal in signals.items()}
+    later = foreseen or {}
+    for name, request in {**requests, **later}.items():
         found = plan(
-            signal,
+            request.signal,
             proxy,
             pool,
-            np.arange(len(pool)),
+            request.rows,
             settings.store,
             where.images,
             batch_size=settings.batch_size,
@@ -255,10 +266,11 @@ def print_plan(
             world_size=Ranks().world_size,
         )
         state = "already stored" if found["stored"] else f"about {_duration(found['seconds'])}"
+        most, place = ("", f" in {found['folder']}") if name in requests else ("at most ", "")
         print(
-            f"{name}: {found['samples']} samples, {found['batches']} batches, "
-            f"{found['tokens'] / 1e6:.2f} M tokens, {found['bytes'] / 2**20:.1f} MiB in "
-            f"{found['folder']}, {state} (measured on {found['probed']} samples)"
+            f"{name}: {most}{found['samples']} samples, {found['batches']} batches, "
+            f"{found['tokens'] / 1e6:.2f} M tokens, {found['bytes'] / 2**20:.1f} MiB{place}, "
+            f"{state} (measured on {found['probed']} samples)"
         )
 
 

@@ -29,13 +29,14 @@ import torch
 from llava.errors import DataError, UsageError
 from selection import stream
 from selection.cluster import cluster_groups
-from selection.formats import CHOICE, FORMATS, formats_of
+from selection.formats import FORMATS, formats_of, perturbable
 from selection.signals.forward import Forward
 from selection.signals.perturbed import KIND_CHOICE, Perturbed
 
 from .base import Context, Method, Plan, Request, Scored
 
 if TYPE_CHECKING:
+    from selection.pool import Pool
     from selection.store import StoreReader
 
 
@@ -238,13 +239,21 @@ class Ards(Method):
             )
         if not settings.perturbation:
             return Plan(state=(clusters, made))
-        signal = Perturbed(
-            symbols=settings.symbols,
-            max_orders=settings.max_orders,
-            diffusion_step=settings.diffusion_step,
-        )
         rows = np.sort(np.concatenate([cluster.candidates for cluster in clusters]))
-        return Plan({"perturbed": Request(signal, rows)}, (clusters, made))
+        return Plan({"perturbed": Request(self._perturbed, rows)}, (clusters, made))
+
+    def foreseen(self, pool: Pool) -> dict[str, Request]:
+        """Candidates of as many clusters as there can be, taken evenly from all that can be."""
+        settings = self.settings
+        if not settings.perturbation:
+            return {}
+        formats = formats_of(pool)
+        rows = np.flatnonzero(perturbable(pool, formats))
+        whole = settings.clustering and settings.clustering_scope == "pool"
+        n_groups = 1 if whole else len(np.unique(formats[rows]))
+        n_drawn = settings.candidates * settings.n_clusters * n_groups or len(rows)
+        chosen = np.linspace(0, len(rows) - 1, min(n_drawn, len(rows))).astype(int)
+        return {"perturbed": Request(self._perturbed, rows[chosen])}
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """I(x_i) of the whole pool; artefacts: the clusters, the subgroups and their weights."""
@@ -268,6 +277,15 @@ class Ards(Method):
         return Scored(scores, {**made, "subgroups": report}, _notes(clusters, subgroups))
 
     @property
+    def _perturbed(self) -> Perturbed:
+        settings = self.settings
+        return Perturbed(
+            symbols=settings.symbols,
+            max_orders=settings.max_orders,
+            diffusion_step=settings.diffusion_step,
+        )
+
+    @property
     def _columns(self) -> tuple[str, ...]:
         """Columns that make up r_i: [H_L ; H^] or H_L."""
         last_only = self.settings.vector == "last_token"
@@ -276,11 +294,11 @@ class Ards(Method):
     def _groups(self, context: Context) -> tuple[np.ndarray, tuple[str, ...]]:
         """Group (N,) that every sample is clustered in, -1 for none, and the names of the groups.
 
-        Only samples that can be perturbed form subgroups: those with an image and multiple choice.
+        Only samples that can be perturbed form subgroups.
         """
         pool, formats = context.pool, formats_of(context.pool)
         usable = np.isfinite(context.values("forward", "nll_mean"))
-        eligible = usable & (pool.has_image | (formats == FORMATS.index(CHOICE)))
+        eligible = usable & perturbable(pool, formats)
         if not self.settings.perturbation and not eligible.any():
             eligible = usable
         if not eligible.any():

@@ -118,6 +118,11 @@ class Method:
         """Signals wanted for the whole pool before anything else, by the name to read them by."""
         return {}
 
+    def foreseen(self, pool: Pool) -> dict[str, Request]:
+        """What `plan` will ask for, by name, told from the pool alone: at most so many rows, and
+        rows like those it will choose. For estimates of time and disk."""
+        return {}
+
     def plan(self, context: Context, rng: np.random.Generator) -> Plan:
         """Second stage: what else has to be computed and on which rows, given the first signals."""
         return Plan()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from PIL import Image
 from llava.errors import UsageError, UserError
 from selection.__main__ import main
 from selection.methods import find_methods
+from selection.store import StoreReader
 from tests.tiny_models import BUILDERS, save_llava
 
 N = 48
@@ -225,10 +227,14 @@ def test_force_new_writes_beside(world, reference):
     assert snapshot(reference) == files
 
 
-def test_dry_run_writes_nothing(world, capsys):
+def test_dry_run_writes_nothing(world, reference, capsys):
     main(world.argv("dry", "--dry-run", store="store-dry"))
     told = capsys.readouterr().out
     assert "48 samples" in told and "MiB" in told and "batches" in told
+    # The copies that the second stage perturbs: never more than are foreseen.
+    most = int(re.search(r"perturbed: at most (\d+) samples", told)[1])
+    drawn = json.loads((reference / "manifest.json").read_text())["signals"]["perturbed"]
+    assert 0 < StoreReader.open(drawn["folder"]).rows.size <= most <= 48
     assert not (world.folder / "dry").exists() and not (world.folder / "store-dry").exists()
 
 

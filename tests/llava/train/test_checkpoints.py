@@ -1,4 +1,4 @@
-"""Which checkpoints count (P14): whole ones, of this very run; what is left of the others is kept."""
+"""Which checkpoints count (P14): whole ones, of this very run; what is left of others is kept."""
 
 from __future__ import annotations
 
