@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from llava.model.assemble import assemble
-from llava.model.checkpoint import DEFAULTS, Kind, save, wrap
+from llava.model.checkpoint import DEFAULTS, Kind, wrap
+from llava.model.export import save
 
 N_IMAGE = 576
 MAX_LENGTH = 2048

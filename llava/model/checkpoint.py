@@ -17,7 +17,6 @@ from llava.tokens import Tokenizer, load_tokenizer
 from . import lora
 from .assemble import EMBEDDING
 from .building import build, skeleton
-from .export import save, write_settings
 from .projector import llava_class
 from .sources import (
     DEFAULTS,
@@ -34,7 +33,7 @@ from .sources import (
 )
 from .weights import LANGUAGE, State, find_directory, read_json, weight_files
 
-__all__ = ["Kind", "Loaded", "fingerprint", "inspect", "load", "save", "write_settings"]
+__all__ = ["Kind", "Loaded", "fingerprint", "inspect", "load"]
 
 # Of other vision-language models: how they spell a conversation, split text and count tiles.
 _OF_PROCESSORS = (

@@ -24,8 +24,8 @@ from llava.errors import UsageError
 from llava.images import ImageProcessor
 from llava.model import lora
 from llava.model.assemble import assemble
-from llava.model.checkpoint import Loaded, fitting_length, load, save, wrap, write_settings
-from llava.model.export import original_config
+from llava.model.checkpoint import Loaded, fitting_length, load, wrap
+from llava.model.export import original_config, save, write_settings
 from llava.model.projector import read_projector
 from llava.model.sources import DEFAULTS, PROJECTOR_FILE, Kind, inspect
 from llava.model.weights import (

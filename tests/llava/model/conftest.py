@@ -16,7 +16,8 @@ from torch import nn
 
 from llava.model import lora
 from llava.model.assemble import assemble
-from llava.model.checkpoint import Kind, Loaded, save, wrap
+from llava.model.checkpoint import Kind, Loaded, wrap
+from llava.model.export import save
 from llava.model.weights import write_json
 
 N_TEXT_ROWS = 340  # of the tiny vocabulary; the image id is the next

@@ -21,7 +21,8 @@ from transformers import (
 
 from llava.errors import StorageError, UsageError
 from llava.model import checkpoint, export
-from llava.model.checkpoint import Kind, fingerprint, inspect, load, save
+from llava.model.checkpoint import Kind, fingerprint, inspect, load
+from llava.model.export import save
 from llava.model.weights import write_json
 
 # From the classic names in a saved folder to the other layouts of Hugging Face's LLaVA.

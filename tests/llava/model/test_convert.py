@@ -14,8 +14,9 @@ import torch
 from llava.errors import RefusedError, StorageError, UsageError
 from llava.model import export
 from llava.model.__main__ import main
-from llava.model.checkpoint import Kind, inspect, load, save
+from llava.model.checkpoint import Kind, inspect, load
 from llava.model.convert import convert, merge
+from llava.model.export import save
 from llava.model.projector import LlavaWithProjector, fresh_projector
 from llava.model.weights import original_name, read_weights, write_json
 from tests.llava.model.checks import Bomb, in_transformers, same

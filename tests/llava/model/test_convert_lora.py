@@ -15,8 +15,9 @@ from transformers import LlamaForCausalLM
 from llava.errors import UsageError
 from llava.model import export, lora
 from llava.model.assemble import assemble
-from llava.model.checkpoint import Kind, load, save, wrap
+from llava.model.checkpoint import Kind, load, wrap
 from llava.model.convert import convert, merge
+from llava.model.export import save
 from llava.model.weights import write_json
 from tests.llava.model.checks import in_transformers, same
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from llava.errors import UsageError
 from llava.model import lora
 from llava.model.assemble import assemble
-from llava.model.checkpoint import Kind, load, save
+from llava.model.checkpoint import Kind, load
+from llava.model.export import save
 from llava.model.weights import write_json
 
 

@@ -1,0 +1,45 @@
+"""One file a benchmark: how its owners' files are read, and how its published number is made.
+
+A benchmark is added by adding a file here that holds a subclass of `Task`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from llava.errors import UsageError
+
+from .base import Item, Task
+
+__all__ = ["Item", "Task", "find_task", "task_names"]
+
+
+def task_names() -> list[str]:
+    """Names of all benchmarks, sorted."""
+    return sorted({cls.name for cls in _classes()})
+
+
+def find_task(name: str) -> Task:
+    """The benchmark `name`; UsageError, with the names there are, for another."""
+    for cls in _classes():
+        if cls.name == name:
+            return cls()
+    raise UsageError(f"--benchmark {name}: not one of {', '.join(task_names())}")
+
+
+def _classes() -> list[type[Task]]:
+    modules = [
+        importlib.import_module(f"{__name__}.{found.name}")
+        for found in pkgutil.iter_modules(__path__)
+        if found.name != "base"
+    ]
+    return [
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Task)
+        and value.__module__ == module.__name__
+        and hasattr(value, "name")
+    ]

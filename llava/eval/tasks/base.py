@@ -1,0 +1,74 @@
+"""What a benchmark is: items read from its owners' files, and a rule that turns answers to numbers.
+
+Items keep the order of the file. Options are data: they are read from fields, or parsed once by
+`attacks.parse_question`, and never searched for in text again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llava.errors import DataError
+from llava.eval.attacks import Question
+
+Id = int | str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a benchmark."""
+
+    id: Id
+    """`question_id` in answer files, of the type that it has in the question file"""
+    prompt: str
+    """what is asked: the text of the question file, without `<image>` and the template"""
+    question: Question | None = None
+    """the same as data, for multiple choice: stem, options, suffix"""
+    gold: int | None = None
+    """number of the right option, for multiple choice"""
+    answers: tuple[str, ...] = ()
+    """accepted or annotated answers, for open questions"""
+    images: tuple[str | bytes, ...] = ()
+    """paths relative to the image folder, or encoded images; empty for text alone"""
+    group: str = ""
+    """category, type or split that the benchmark reports by"""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """what only this benchmark's scoring needs"""
+
+
+class Task:
+    """Base of every benchmark."""
+
+    name: ClassVar[str]
+    """as in `scripts/v1_5/eval/<name>.sh` and `--benchmark`"""
+
+    def read(self, data: Path) -> list[Item]:
+        """Items in the file's order. `data` is the benchmark's folder, or its question file.
+
+        Raises UsageError for a missing or wrong file, DataError naming file and row otherwise.
+        """
+        raise NotImplementedError
+
+    def score(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, float]:
+        """Published metrics, in percent, of the answers `texts` by id.
+
+        An item without an answer is wrong unless the benchmark's own script says otherwise.
+        """
+        raise NotImplementedError
+
+
+def check_unique(items: Sequence[Item], where: str) -> None:
+    """DataError naming the first id that two items of `where` share."""
+    seen: set[Id] = set()
+    for row, item in enumerate(items):
+        if item.id in seen:
+            raise DataError(f"{where}: row {row}: id {item.id!r} is there twice; rename one")
+        seen.add(item.id)
+
+
+def percent(part: float, whole: float) -> float:
+    """100 part / whole; 0 for a whole of 0."""
+    return 100 * part / whole if whole else 0.0
