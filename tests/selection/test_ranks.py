@@ -23,7 +23,7 @@ def test_one_process_needs_no_group():
     assert ranks.is_first and ranks.from_first(lambda: 7) == 7 and ranks.share("x") == "x"
 
 
-def test_first_rank_decides(free_port):
+def test_first_rank_decides(free_port, tmp_path):
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(free_port))
 
     def work(rank: int) -> None:
@@ -32,6 +32,10 @@ def test_first_rank_decides(free_port):
         assert ranks.share(f"from {rank}") == "from 0"
         assert ranks.from_first(lambda: rank + 10) == 10
         ranks.barrier()
+        if rank == 0:  # it holds what the other meets it through; under torchrun the launcher does
+            while not (tmp_path / "left").exists():
+                time.sleep(0.01)
+        (tmp_path / "left").touch()
 
     children = [fork(lambda r=r: work(r)) for r in range(2)]
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
