@@ -22,7 +22,7 @@ class Item:
     """One question of a benchmark."""
 
     id: Id
-    """`question_id` in answer files, of the type that it has in the question file"""
+    """unique; `question_id` in answer files, of the type that it has in the question file"""
     prompt: str
     """what is asked: the text of the question file, without `<image>` and the template"""
     question: Question | None = None
@@ -38,6 +38,11 @@ class Item:
     extra: Mapping[str, Any] = field(default_factory=dict)
     """what only this benchmark's scoring needs"""
 
+    @property
+    def question_id(self) -> Id:
+        """What answer files call it: `id`, unless several items share it (TextVQA, MME)."""
+        return self.extra.get("question_id", self.id)
+
 
 class Task:
     """Base of every benchmark."""
@@ -51,6 +56,13 @@ class Task:
         Raises UsageError for a missing or wrong file, DataError naming file and row otherwise.
         """
         raise NotImplementedError
+
+    def item_id(self, question_id: Id, prompt: str) -> Id:
+        """Id of the item that a row of an answer file answers.
+
+        Its `question_id`, except where several questions share one and `prompt` tells them apart.
+        """
+        return question_id
 
     def score(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, float]:
         """Published metrics, in percent, of the answers `texts` by id.
