@@ -5,6 +5,7 @@ A benchmark is added by adding a file here that holds a subclass of `Task`.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 
@@ -21,11 +22,14 @@ def task_names() -> list[str]:
 
 
 def find_task(name: str) -> Task:
-    """The benchmark `name`; UsageError, with the names there are, for another."""
+    """The benchmark `name`; UsageError, with the nearest name and all there are, for another."""
     for cls in _classes():
         if cls.name == name:
             return cls()
-    raise UsageError(f"--benchmark {name}: not one of {', '.join(task_names())}")
+    names = task_names()
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UsageError(f"--benchmark {name}: {hint}there are {', '.join(names)}")
 
 
 def _classes() -> list[type[Task]]:
