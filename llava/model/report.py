@@ -246,6 +246,9 @@ def _about_tower(
     if kind is Kind.HF_LLAVA:
         config = report.attempt(make_config, values, folder / "config.json")
         vision = config and config.vision_config
+    elif name is None and kind in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY):
+        report.facts["vision_tower"] = {"name": "the base's"}  # trained on a whole LLaVA
+        return
     elif is_original(values):
         found = None
         if not (inside and "vision_config" in values):

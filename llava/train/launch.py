@@ -8,6 +8,7 @@ that failed first. A crash ends in torchrun's summary with the traceback of that
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from contextlib import suppress
@@ -28,6 +29,7 @@ _seen: set[int] = set()
 
 def main(argv: list[str]) -> int:
     """Run torchrun with `argv`; the exit code of the run."""
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     args = run.parse_args(argv)
     args.signals_to_handle = _STOPPING
     for number in _FORWARDED:

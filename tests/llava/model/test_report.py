@@ -246,6 +246,17 @@ def test_missing_base_and_files_of_a_lora(trained, parts, tmp_path):
     assert "non_lora_trainables.bin without its LoRA; copy" in the_problem(examine(folder))
 
 
+def test_lora_of_a_whole_llava(saved, trained):
+    """Its config.json names no tower: the base brings it."""
+    _, folder = trained
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "mm_vision_tower": None})
+    assert "give the model it was trained on with --model-base" in the_problem(examine(folder))
+    report = examine(folder, saved)
+    assert report.exit_code == 0 and report.facts["vision_tower"] == {"name": "the base's"}
+    assert load(folder, saved).image_processor is not None
+
+
 def test_a_base_of_another_size(trained, parts, tmp_path):
     _, folder = trained
     config = LlamaConfig.from_pretrained(parts / "lm")
