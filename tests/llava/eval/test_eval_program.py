@@ -1,0 +1,122 @@
+"""`python -m llava.eval score`, on a benchmark written here."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+import llava.eval.tasks
+from llava.errors import run_main
+from llava.eval.__main__ import main
+
+TOY = '''
+"""A benchmark in one file, as a user adds it."""
+
+import json
+
+from llava.eval.tasks.base import Item, Task, percent
+
+
+class Toy(Task):
+    name = "toy"
+
+    def read(self, data):
+        return [Item(id=i, prompt="?", answers=(a,)) for i, a in json.loads(data.read_text())]
+
+    def score(self, items, texts):
+        right = [texts.get(item.id) == item.answers[0] for item in items]
+        answered = percent(sum(right), len(texts))
+        return {"accuracy": percent(sum(right), len(items)), "of answered": answered}
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A further folder of benchmarks, and a question file of three items."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "toy.py").write_text(TOY)
+    monkeypatch.setattr(
+        llava.eval.tasks, "__path__", [*llava.eval.tasks.__path__, str(tmp_path / "more")]
+    )
+    data = tmp_path / "questions.json"
+    data.write_text(json.dumps([[1, "A"], [2, "B"], ["3", "C"]]))
+    yield data
+    sys.modules.pop("llava.eval.tasks.toy", None)
+
+
+@pytest.fixture
+def score(toy, tmp_path, capsys):
+    """Write answers, run the verb; returns exit code, output and errors."""
+
+    def run(answers, *flags, benchmark="toy"):
+        path = tmp_path / "answers.jsonl"
+        path.write_text(lines(answers))
+        words = ["score", "--benchmark", benchmark, "--data", str(toy), "--answers", str(path)]
+        try:
+            run_main(lambda: main([*words, *flags]))
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def lines(answers):
+    records = [{"question_id": i, "prompt": "?", "text": text} for i, text in answers]
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_the_table(score):
+    code, out, err = score([(1, "A"), (2, "B"), (3, "A")])
+    assert (code, err) == (0, "")
+    assert out == "accuracy      66.67\nof answered   66.67\n"
+
+
+def test_json_is_one_object_of_percentages(score):
+    code, out, err = score([(1, "A"), (2, "B"), ("3", "C")], "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {"accuracy": 100, "of answered": 100}
+
+
+def test_missing_answers_stop_the_program(score):
+    code, out, err = score([(2, "B")])
+    assert (code, out) == (65, "")
+    assert err.count("\n") == 1
+    assert "answers.jsonl: of 3 items, without an answer: 2 (the first is 1); " in err
+    assert "--allow-missing" in err
+
+
+def test_missing_answers_allowed_are_counted_and_scored_by_the_benchmark(score):
+    code, out, err = score([(2, "B")], "--allow-missing", "--json")
+    assert code == 0
+    assert (
+        "of 3 items, without an answer, scored by the benchmark's rule: 2 (the first is 1)" in err
+    )
+    assert json.loads(out) == {"accuracy": pytest.approx(100 / 3), "of answered": 100}
+
+
+def test_repeated_and_unknown_ids_are_said_and_the_numbers_stay_clean(score):
+    code, out, err = score([(1, "B"), (2, "B"), (3, "C"), (8, "A"), (1, "A")], "--json")
+    assert code == 0
+    repeated, unknown = err.splitlines()
+    assert "records replaced, because the last one of an id counts: 1 (the first is 1)" in repeated
+    assert "ids that no item has, left out: 1 (the first is '8')" in unknown
+    assert json.loads(out) == {"accuracy": 100, "of answered": 100}
+
+
+@pytest.mark.parametrize("flags", [(), ("--allow-missing",)])
+def test_answers_to_other_questions(score, flags):
+    code, out, err = score([("x", "A")], *flags)
+    assert (code, out) == (65, "")
+    assert err.count("\n") == 1
+    assert "answers no item of the benchmark; its first id is 'x', the benchmark's 1; " in err
+
+
+def test_an_unknown_benchmark(score):
+    code, out, err = score([(1, "A")], benchmark="toi")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --benchmark toi: did you mean toy? there are ")
+    assert err.count("\n") == 1
