@@ -1,0 +1,145 @@
+"""ScienceQA: school questions with two to five options, half of them with a picture.
+
+    llava_test_CQM-A.json    questions, options and the right letters, as LLaVA publishes them
+    pid_splits.json          {"test": [ids], ...}; if present, the questions must be that split's
+    images/test/             the image folder
+
+LLaVA's instruction is put after the options, as `model_vqa_science --single-pred-prompt` does.
+An answer is read by three rules, the first that holds: it is a bare letter A-E; it begins with
+such a letter, a point and a space; "The answer is X." stands in it exactly once (any character
+may be in the point's place, but there must be one). Otherwise it could not be read. A letter
+that the question does not have is wrong, but was read.
+
+The published number of LLaVA is `image`, not `total`.
+
+Differs from LLaVA's script: `image` counts the items that have a picture, not the recorded prompts
+that contain "<image>"; these are the same items. `problems.json` is not needed, because options and
+right letters are in the questions.
+
+Sources: Lu et al., "Learn to Explain"; the rules are those of LLaVA's eval_science_qa.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from llava.errors import DataError
+from llava.eval.attacks import LETTERS, Question, parse_question
+
+from .base import Id, Item, Task, check_unique, percent
+from .lettered import LETTER, gold_of
+from .rows import folder_of, question_file, read_json, read_rows
+
+QUESTIONS = "llava_test_CQM-A.json"
+SPLITS = "pid_splits.json"
+_READ = LETTERS[:5]
+_SENTENCE = re.compile(r"The answer is ([A-Z]).")
+_FILE_NAME = re.compile(r"llava_(\w+)_CQM-A\.json")
+
+
+class Turn(msgspec.Struct):
+    """What one side says."""
+
+    value: str
+
+
+class Record(msgspec.Struct):
+    """One question in LLaVA's training format."""
+
+    id: Id
+    conversations: list[Turn]
+    image: str | None = None
+
+
+class ScienceQa(Task):
+    """Metrics: `total`, `image` (published; the items with a picture), and `parse_failures`, the
+    share of all items whose answer is missing or could not be read.
+    """
+
+    name = "sqa"
+
+    def read(self, data: Path) -> list[Item]:
+        """Items in the question file's order, `group` is "image" or "text"."""
+        path = question_file(data, QUESTIONS)
+        items = [_item(r, f"{path}: row {i}") for i, r in enumerate(read_rows(path, Record))]
+        check_unique(items, str(path))
+        _check_split(items, path)
+        return items
+
+    def score(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, float]:
+        """See the class. An item without an answer is wrong, and a parse failure."""
+        letters = {item.id: read_letter(texts.get(item.id, "")) for item in items}
+        right = [item for item in items if letters[item.id] == _right_letter(item)]
+        return {
+            "total": percent(len(right), len(items)),
+            "image": percent(sum(map(_has_image, right)), sum(map(_has_image, items))),
+            "parse_failures": percent(list(letters.values()).count(None), len(items)),
+        }
+
+
+def read_letter(text: str) -> str | None:
+    """The letter that an answer names by the rules above, None if it could not be read."""
+    if text and text[0] in _READ and (len(text) == 1 or text[1:3] == ". "):
+        return text[0]
+    found = _SENTENCE.findall(text)
+    return found[0] if len(found) == 1 else None
+
+
+def _item(record: Record, where: str) -> Item:
+    if len(record.conversations) != 2:
+        raise DataError(
+            f"{where}: {len(record.conversations)} turns, but a question and its letter are two; "
+            f"take LLaVA's {QUESTIONS}"
+        )
+    asked, answer = (turn.value for turn in record.conversations)
+    question = _question(asked.replace("<image>", "").strip(), where)
+    return Item(
+        id=record.id,
+        prompt=question.render(),
+        question=question,
+        gold=gold_of(question, answer, where),
+        images=() if record.image is None else (record.image,),
+        group="text" if record.image is None else "image",
+    )
+
+
+def _question(text: str, where: str) -> Question:
+    question = parse_question(text)
+    if question is None:
+        raise DataError(
+            f"{where}: no options as lines 'A. ...', 'B. ...'; take LLaVA's {QUESTIONS}, not what "
+            "convert_sqa_to_llava writes ('Options: (A) ...'), which costs about 20 points"
+        )
+    if question.suffix is None:
+        question = dataclasses.replace(question, suffix=LETTER)
+    return question
+
+
+def _check_split(items: Sequence[Item], path: Path) -> None:
+    """DataError if `pid_splits.json` says that the file's split has other questions."""
+    splits, name = folder_of(path) / SPLITS, _FILE_NAME.fullmatch(path.name)
+    if name is None or not splits.is_file():
+        return
+    ids = read_json(splits, dict[str, list[str]]).get(name[1])
+    if ids is None:
+        raise DataError(f"{splits}: has no split {name[1]!r}; take ScienceQA's own file")
+    different = {str(item.id) for item in items} ^ set(ids)
+    if different:
+        raise DataError(
+            f"{path}: has {len(items)} questions, {SPLITS} {len(ids)} in {name[1]!r}; "
+            f"{min(different)!r} is in one only; complete it, or give another file a name of its "
+            "own"
+        )
+
+
+def _right_letter(item: Item) -> str:
+    return LETTERS[item.gold]
+
+
+def _has_image(item: Item) -> bool:
+    return bool(item.images)
