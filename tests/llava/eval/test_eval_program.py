@@ -1,9 +1,11 @@
-"""`python -m llava.eval score`, on a benchmark written here."""
+"""`python -m llava.eval score`, on a benchmark written here and on the small world's ScienceQA."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ import llava.eval.tasks
 from llava.errors import run_main
 from llava.eval.__main__ import main
 
+FIXTURE = Path(__file__).parents[3] / "mini" / "fixture" / "eval"
 TOY = '''
 """A benchmark in one file, as a user adds it."""
 
@@ -120,3 +123,68 @@ def test_an_unknown_benchmark(score):
     assert (code, out) == (2, "")
     assert err.startswith("error: --benchmark toi: did you mean toy? there are ")
     assert err.count("\n") == 1
+
+
+# ---- ScienceQA in the small world's files
+
+
+@pytest.fixture
+def scienceqa():
+    """Folder and items (id, right letter, has a picture) of the small world's ScienceQA."""
+    folder = FIXTURE / "scienceqa"
+    if not folder.is_dir():
+        pytest.skip(f"the small world is not present: {folder}")
+    items = json.loads((folder / "llava_test_CQM-A.json").read_text())
+    return folder, [(i["id"], i["conversations"][1]["value"], "image" in i) for i in items]
+
+
+def science(folder, answers, path, *flags):
+    """The verb in a process of its own, with answer records as LLaVA's `model_vqa_science`'s."""
+    path.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "question_id": i,
+                    "prompt": "<image>\nWhich?" if image else "Which?",
+                    "text": text,
+                    "answer_id": "jwTZ7aUXrj2AkB",
+                    "model_id": "llava-v1.5-7b",
+                    "metadata": {},
+                }
+            )
+            + "\n"
+            for i, text, image in answers
+        )
+    )
+    words = "-m llava.eval score --benchmark sqa --data".split()
+    command = [sys.executable, *words, folder, "--answers", path, *flags]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_scienceqa_total_and_image(scienceqa, tmp_path):
+    """Every reading rule of LLaVA's script; all text-only items wrong."""
+    folder, items = scienceqa
+    forms = ["{}", "{}. of course", "The answer is {}.", "{}"]
+    answers = [
+        (i, forms[n % 4].format(letter) if image else "none of them", image)
+        for n, (i, letter, image) in enumerate(items)
+    ]
+    done = science(folder, answers, tmp_path / "a.jsonl", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    share = sum(image for *_, image in items) / len(items)
+    assert 0 < share < 1
+    assert json.loads(done.stdout) == {
+        "total": pytest.approx(100 * share),
+        "image": 100,
+        "parse_failures": pytest.approx(100 * (1 - share)),
+    }
+
+
+def test_scienceqa_without_an_answer(scienceqa, tmp_path):
+    folder, items = scienceqa
+    done = science(folder, items[1:], tmp_path / "a.jsonl")
+    assert (done.returncode, done.stdout) == (65, "")
+    assert f"without an answer: 1 (the first is '{items[0][0]}')" in done.stderr
+    done = science(folder, items[1:], tmp_path / "a.jsonl", "--allow-missing", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["total"] == pytest.approx(100 - 100 / len(items))
