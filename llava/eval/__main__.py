@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--benchmark", required=True, help=f"one of {', '.join(task_names())}")
     score.add_argument("--data", required=True, type=Path, help="its folder, or its question file")
     score.add_argument("--answers", required=True, type=Path, help="JSON lines, as LLaVA writes")
-    score.add_argument("--json", action="store_true", help="print one JSON object: name to percent")
+    score.add_argument("--json", action="store_true", help="print one JSON object: name to number")
     score.add_argument(
         "--allow-missing",
         action="store_true",
@@ -82,7 +82,7 @@ def _some(ids: Sequence[int | str]) -> str:
 
 
 def _table(numbers: dict[str, float]) -> str:
-    """One line a metric, in percent with two decimals."""
+    """One line a metric, with two decimals."""
     width = max(map(len, numbers))
     return "\n".join(f"{name:<{width}}  {value:6.2f}" for name, value in numbers.items())
 
