@@ -27,7 +27,7 @@ def find_task(name: str) -> Task:
         if cls.name == name:
             return cls()
     names = task_names()
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UsageError(f"--benchmark {name}: {hint}there are {', '.join(names)}")
 

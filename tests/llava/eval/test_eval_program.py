@@ -118,10 +118,11 @@ def test_answers_to_other_questions(score, flags):
     assert "answers no item of the benchmark; its first id is 'x', the benchmark's 1; " in err
 
 
-def test_an_unknown_benchmark(score):
-    code, out, err = score([(1, "A")], benchmark="toi")
+@pytest.mark.parametrize(("name", "near"), [("toi", "toy"), ("scienceqa", "sqa")])
+def test_an_unknown_benchmark(score, name, near):
+    code, out, err = score([(1, "A")], benchmark=name)
     assert (code, out) == (2, "")
-    assert err.startswith("error: --benchmark toi: did you mean toy? there are ")
+    assert err.startswith(f"error: --benchmark {name}: did you mean {near}? there are ")
     assert err.count("\n") == 1
 
 
