@@ -47,6 +47,8 @@ def test_periods(answer, expected):
         ("a-b", "b"),  # a space, and then "a" is an article
         ("x-y", "x y"),
         ("x-y - z", "xy z"),  # beside a space once: deleted everywhere
+        ("x- y-z", "x yz"),  # a space on either side will do
+        ("x -y-z", "x yz"),
         ("x-y z/w", "x y z w"),  # beside none
         ("hello!", "hello"),
         ("(yes)", "yes"),
