@@ -16,7 +16,6 @@ import importlib.util
 import json
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -166,11 +165,8 @@ def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _world_of_one() -> None:
     """The environment that a launcher would make for one process; DeepSpeed asks MPI without it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any: nobody else has to find it
 
 
 def start(flags: transformers.TrainingArguments) -> None:

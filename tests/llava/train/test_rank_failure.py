@@ -65,7 +65,7 @@ def test_process_that_hangs(flags):
         program.ranks()[1].send_signal(signal.SIGSTOP)
         sent = time.monotonic()
         assert program.end() == 1
-    assert 4 < time.monotonic() - sent < 45
+    assert 4 < time.monotonic() - sent < 120  # 20 s on an idle machine
     assert "Timed out waiting 5000ms" in program.text
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from llava.errors import DataError, NonFiniteError, UsageError, UserError
-from llava.model import checkpoint
 from llava.model.assemble import assemble
-from llava.model.checkpoint import Kind
+from llava.model.checkpoint import Kind, wrap
+from llava.model.export import save
 from llava.train import __main__ as entry
 from llava.train import trainer as trainer_module
 from llava.train.arguments import parse
@@ -144,9 +144,9 @@ def test_modality_grouping_depends_on_seed_and_epoch_only():
 def test_non_finite_weights_stop_the_run(run, parts, tmp_path):
     model = assemble(parts / "lm", parts / "clip")
     model.model.multi_modal_projector.linear_1.weight.data[0, 0] = float("nan")
-    loaded = checkpoint.wrap(model, Kind.HF_LLAVA, [parts / "lm"], [parts / "clip"])
+    loaded = wrap(model, Kind.HF_LLAVA, [parts / "lm"], [parts / "clip"])
     broken = tmp_path / "broken"
-    checkpoint.save(loaded, broken)
+    save(loaded, broken)
     with pytest.raises(NonFiniteError, match=r"step 1: the loss is nan.*[Rr]ows .*: \d+"):
         run("out", model_name_or_path=broken, vision_tower=None)
 
