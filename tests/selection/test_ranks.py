@@ -1,5 +1,7 @@
 import os
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -23,22 +25,31 @@ def test_one_process_needs_no_group():
     assert ranks.is_first and ranks.from_first(lambda: 7) == 7 and ranks.share("x") == "x"
 
 
-def test_first_rank_decides(free_port, tmp_path):
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(free_port))
-
-    def work(rank: int) -> None:
-        ranks = Ranks(rank, 2)
-        assert ranks.is_first == (rank == 0)
-        assert ranks.share(f"from {rank}") == "from 0"
-        assert ranks.from_first(lambda: rank + 10) == 10
-        ranks.barrier()
-        if rank == 0:  # it holds what the other meets it through; under torchrun the launcher does
-            while not (tmp_path / "left").exists():
-                time.sleep(0.01)
-        (tmp_path / "left").touch()
-
-    children = [fork(lambda r=r: work(r)) for r in range(2)]
-    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
+def test_first_rank_decides(free_port):
+    """Two processes of their own; rank 0 holds what they meet in, so it leaves last."""
+    work = (
+        "import sys; from selection.ranks import Ranks; rank = int(sys.argv[1])\n"
+        "ranks = Ranks(rank, 2)\n"
+        "assert ranks.is_first == (rank == 0)\n"
+        "assert ranks.share(f'from {rank}') == 'from 0'\n"
+        "assert ranks.from_first(lambda: rank + 10) == 10\n"
+        "ranks.barrier()\n"
+        "print('done', flush=True); sys.stdin.read()\n"
+    )
+    meeting = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port)}
+    programs = [
+        subprocess.Popen(
+            [sys.executable, "-c", work, str(rank)],
+            env=meeting,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    assert [program.stdout.readline() for program in programs] == [b"done\n"] * 2
+    for program in reversed(programs):
+        program.communicate()
+        assert program.returncode == 0
 
 
 def test_dead_rank_ends_the_other(world, reference, tmp_path, free_port):
