@@ -325,16 +325,15 @@ def parse(argv: list[str]) -> Arguments:
     else:
         _shorten_help(parser)
     words, notes = legacy.modernise(argv)
-    try:
-        *parts, unknown = parser.parse_args_into_dataclasses(
-            words, return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ValueError, ImportError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
-    if unknown:
+    _, unknown = parser.parse_known_args(words)
+    if unknown:  # before a missing --output_dir is told: it may be the misspelt one
         close = legacy.nearest(unknown[0], parser._option_string_actions)
         hint = f"did you mean {close}?" if close else "see --help_all"
         raise UsageError(f"unknown flag {unknown[0]}; {hint}")
+    try:
+        parts = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    except (ValueError, ImportError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
     if os.environ.get("RANK", "0") == "0":
         for note in notes:
             print(note, file=sys.stderr)

@@ -215,6 +215,11 @@ def test_cache_dir_is_where_hub_models_are(parts, tmp_path, monkeypatch):
     assert find_directory(name) == repository / "snapshots" / "abc"
 
 
+def test_a_misspelt_flag_is_told_before_a_missing_one():
+    with pytest.raises(UsageError, match=r"unknown flag --output_dirr; did you mean --output_dir"):
+        parse(["--output_dirr", "out"])
+
+
 @pytest.mark.parametrize("missing", ["--model_name_or_path", "--data_path", "--output_dir"])
 def test_required_flags(missing):
     at = NEEDED.index(missing)
