@@ -21,8 +21,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llava.vlm.base import Prepared, Vlm
 from selection.extract import buckets
-from selection.proxies.base import Prepared, Proxy
 from selection.store import DEFAULT_BLOCK_SIZE
 
 VOCABULARY = 1000
@@ -82,7 +82,7 @@ def time_both(samples: dict[int, Prepared], batch_size: int, repeats: int) -> tu
         vocab_size=VOCABULARY,
     )
     model = LlamaForCausalLM(config)
-    proxy = Proxy(model, "random", 0, 2048)
+    proxy = Vlm(model, "random", 0, 2048)
 
     def plain() -> None:
         for batch in in_file_order(samples, batch_size):

@@ -28,7 +28,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.tokens import IGNORE_INDEX
-from selection.proxies.base import Prepared, Proxy
+from llava.vlm.base import Prepared, Vlm
 from selection.signals.forward import Forward
 
 LENGTHS = (700, 1500)
@@ -61,7 +61,7 @@ def make_calls(model: LlamaForCausalLM, length: int) -> dict[str, Callable[[], o
     """Functions that run each variant once on one sample."""
     sample = make_sample(length)
     ids, labels = sample.input_ids[None], sample.labels[None]
-    proxy = Proxy(model, "random", 0, 4096)
+    proxy = Vlm(model, "random", 0, 4096)
     ours = model.config._attn_implementation
 
     def under(attention: str, labels: torch.Tensor | None, internals: bool) -> None:

@@ -19,7 +19,7 @@ from batching import make_lengths
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava.tokens import IGNORE_INDEX
-from selection.proxies.base import Prepared, Proxy
+from llava.vlm.base import Prepared, Vlm
 from selection.signals.forward import Forward
 
 N_IMAGE, IMAGE_ID, N_ANSWER = 576, 32000, 60
@@ -96,7 +96,7 @@ def main() -> None:
         return
     peak = arguments.peak * 1e12 if arguments.peak else measured_peak()
     model = make_model()
-    proxy = Proxy(model, "random", 0, 4096)
+    proxy = Vlm(model, "random", 0, 4096)
     lengths = sorted(make_lengths(arguments.batches).tolist(), reverse=True)
     batches = [make_batch(length, arguments.batch_size) for length in lengths]
     with torch.inference_mode():

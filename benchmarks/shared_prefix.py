@@ -24,7 +24,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from llava.eval.choices import run_together, score
 from llava.tokens import IGNORE_INDEX
-from selection.proxies.base import Prepared
+from llava.vlm.base import Prepared
 
 VOCABULARY, IMAGE_ID, N_IMAGE = 32000, 32000, 576
 N_TEXT, N_ANSWER = 150, 2

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModel, LlamaForCausalLM
 
+from llava.files import atomic_write, make_folder
+from llava.flags import Parser
 from llava.tokens import SentencePieceTokenizer, load_tokenizer
 from mini import base_language as language
 from mini import base_vision as vision
@@ -28,8 +30,6 @@ from mini.base_tokenizer import corpus, make_tokenizer
 from mini.fetch import default_cache, fetch
 from mini.render import SIZE
 from mini.world import World, load_world
-from selection.files import atomic_write, make_folder
-from selection.flags import Parser
 
 SHIPPED = Path(__file__).parent / "base"
 _WORDS = "words.safetensors"

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.flags import Parser
 from mini.fetch import default_cache
 from mini.pool import build
 from mini.settings import PoolSettings
-from selection.flags import Parser
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import UsageError
-from selection.files import atomic_write
-from selection.flags import Parser
+from llava.files import atomic_write
+from llava.flags import Parser
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,8 +26,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from llava.errors import DataError, RefusedError, StorageError
+from llava.files import make_folder, storage_errors, sync_folder
 from mini.packages import PACKAGES, Package
-from selection.files import make_folder, storage_errors, sync_folder
 
 REGISTRIES = ("pypi", "npm", "debian")
 _NPM_FLAGS = "--silent --ignore-scripts --fetch-retries=1 --fetch-timeout=30000".split()

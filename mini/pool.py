@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llava.errors import DataError
+from llava.files import atomic_write, make_folder, remove, storage_errors, sweep
 from mini.evalformats import evaluation_files, json_list
 from mini.evalsets import EvalSets, make_evalsets
 from mini.fetch import fetch
@@ -31,7 +32,6 @@ from mini.render import RASTERISER
 from mini.samples import Gallery, Sample
 from mini.settings import PoolSettings
 from mini.world import World, load_world
-from selection.files import atomic_write, make_folder, remove, storage_errors, sweep
 
 VERSION = 3  # of what the recipes make; raise it when their output changes
 MARKER = "build.json"

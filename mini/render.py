@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from llava.errors import StorageError
-from selection.files import make_folder
+from llava.files import make_folder
 
 SIZE = 96
 RASTERISER = f"{SIZE} px, resvg_py {version('resvg_py')}, Pillow {Image.__version__}"

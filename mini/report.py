@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava.errors import UsageError
-from selection.flags import Parser
+from llava.flags import Parser
 from selection.methods.base import Context, stream
 from selection.methods.random import Random
 from selection.pool import Pool

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from llava.errors import UsageError
+from llava.flags import Parser
 from llava.model.checkpoint import Loaded, load
 from mini.base_accuracy import Accuracy, accuracy, load_questions
 from mini.build import underscored
-from selection.flags import Parser
 
 # row of the table: (file, folder of its pictures or None for none, symbols), relative to eval/
 SETS: dict[str, tuple[str, str | None, str]] = {

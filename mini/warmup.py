@@ -19,13 +19,13 @@ import torch
 import xxhash
 
 from llava.errors import UsageError
+from llava.files import atomic_write, make_folder
+from llava.flags import Parser
 from llava.model.checkpoint import load
 from llava.train.__main__ import train
 from llava.train.arguments import parse
 from mini.base import SHIPPED
 from mini.base_accuracy import accuracy, load_questions
-from selection.files import atomic_write, make_folder
-from selection.flags import Parser
 from selection.pool import Pool
 
 

@@ -67,8 +67,9 @@ def run_check(argv: list[str]) -> None:
 
 def run_extract(argv: list[str]) -> None:
     """Compute what is missing of the forward signals and say where they are."""
+    from selection.ranks import Ranks
+
     from .pool import Pool
-    from .ranks import Ranks
     from .run import extract_signal, print_plan
     from .settings import PlanSettings, PoolSettings, ProxySettings, parse_plain
     from .signals.forward import Forward
@@ -96,7 +97,8 @@ def run_select(argv: list[str]) -> None:
         print(f"usage: python -m selection select METHOD [flags]\n\nMETHOD: {names}")
         print("`python -m selection select METHOD --help` shows every flag of a method.")
         return
-    from .ranks import Ranks
+    from selection.ranks import Ranks
+
     from .run import Selection, print_plan
     from .settings import parse_select
 

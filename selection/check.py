@@ -16,13 +16,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from llava import files
 from llava.conversation import get_template
 from llava.data import Record, expand_image
 from llava.errors import DataError, UsageError, UserError
 from llava.images import check_image, open_image
 from llava.tokens import IGNORE_INDEX, Tokenizer, encode_conversation
 
-from . import files
 from .pool import Pool
 from .settings import PoolSettings
 

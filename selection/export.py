@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selection import files
+from llava import files
 from selection.environment import environment
 from selection.pool import Pool
 

@@ -4,7 +4,7 @@ Rows are computed in blocks that are committed one by one, so a run may be kille
 the same command continues. Missing blocks are dealt to the ranks in turn. Inside a block, samples
 that share a padded length are batched together, the longest first, so that a lack of memory shows
 early. A row's numbers do not depend on batch size, block size or number of processes: see
-`selection.proxies.base`. A sample that cannot be scored is listed with the reason, never replaced.
+`llava.vlm.base`. A sample that cannot be scored is listed with the reason, never replaced.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava.errors import DataError, UsageError, UserError
 from llava.images import open_image
+from llava.progress import Progress
+from llava.vlm.base import Vlm
 from selection.pool import Pool
-from selection.progress import Progress
-from selection.proxies.base import Proxy
 from selection.ranks import Ranks
 from selection.signals.base import Item, Sample, Signal
 from selection.store import (
@@ -50,14 +50,14 @@ class Unusable:
     reason: str
 
 
-def signal_identity(signal: Signal, proxy: Proxy, pool: Pool, rows: np.ndarray) -> dict[str, Any]:
+def signal_identity(signal: Signal, proxy: Vlm, pool: Pool, rows: np.ndarray) -> dict[str, Any]:
     """Everything that decides the numbers of `signal` over `rows`: what a store answers for."""
     return {**signal.identity(), "proxy": proxy.identity(), "pool": pool.digest(rows)}
 
 
 def extract(
     signal: Signal,
-    proxy: Proxy,
+    proxy: Vlm,
     pool: Pool,
     rows: np.ndarray,
     store_root: str | Path,
@@ -129,7 +129,7 @@ class Samples(Dataset):
     def __init__(
         self,
         signal: Signal,
-        proxy: Proxy,
+        proxy: Vlm,
         pool: Pool,
         image_folder: str | Path | None,
         extra_roots: Sequence[Path] = (),
@@ -169,7 +169,7 @@ class _Run:
     def __init__(
         self,
         signal: Signal,
-        proxy: Proxy,
+        proxy: Vlm,
         samples: Samples,
         batch_size: int,
         max_tokens: int,

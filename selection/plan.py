@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llava.vlm.base import Vlm
 from selection.extract import (
     BATCH_SIZE,
     MAX_TOKENS,
@@ -21,7 +22,6 @@ from selection.extract import (
     signal_identity,
 )
 from selection.pool import Pool
-from selection.proxies.base import Proxy
 from selection.signals.base import Item, Signal
 from selection.store import DEFAULT_BLOCK_SIZE, is_complete, store_folder
 
@@ -31,7 +31,7 @@ N_TIMED = 3
 
 def plan(
     signal: Signal,
-    proxy: Proxy,
+    proxy: Vlm,
     pool: Pool,
     rows: np.ndarray,
     store_root: str | Path,
@@ -83,7 +83,7 @@ def plan(
 
 
 def _seconds_per_token(
-    signal: Signal, proxy: Proxy, items: dict[int, Item], batch_size: int, max_tokens: int
+    signal: Signal, proxy: Vlm, items: dict[int, Item], batch_size: int, max_tokens: int
 ) -> float:
     """Median over a few batches of the probe, after one to warm up."""
     found = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,23 +9,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from llava.errors import UsageError
+from llava.runs import claim_folder
+from llava.vlm import load_vlm, pick_device
+from llava.vlm.base import Vlm
+from selection.ranks import Ranks
 
-from . import export, files
+from . import export
 from .budget import budget_size
 from .extract import check_images, extract
 from .methods.base import Context, Request
 from .plan import plan
 from .pool import Pool
-from .proxies.base import Proxy
-from .proxy import load_proxy, pick_device
-from .ranks import Ranks
 from .settings import PoolSettings, ProxySettings, Run, dump
 from .signals.base import Signal
-from .store import StoreReader, differences
+from .store import StoreReader
 from .summary import print_summary
 
 SCHEMA = 1
@@ -45,7 +44,7 @@ class Selection:
         self.k = budget_size(run.select.budget, len(self.pool), run.select.rounding)
 
     @cached_property
-    def proxy(self) -> Proxy:
+    def proxy(self) -> Vlm:
         """Loaded when the first signal is asked for: `random` needs none."""
         with self._timed("load proxy"):
             return open_proxy(self.run.proxy)
@@ -147,62 +146,14 @@ class Selection:
         self.times[stage] = time.monotonic() - started
 
 
-def claim_folder(wanted: tuple[Path, bool], identity: Mapping[str, Any]) -> tuple[Path, bool]:
-    """The run folder for `identity`, and whether the run in it is finished.
-
-    `wanted` is the folder and whether a new one beside it may be taken if it holds another run;
-    otherwise UsageError lists what differs. A folder is claimed by its `run.json`.
-    """
-    folder, force_new = wanted
-    identity = msgspec.to_builtins(identity)
-    number = 1
-    while True:
-        out = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        held = _held_by(out)
-        if held is None:
-            files.make_folder(out)
-            files.atomic_write(out / "run.json", json.dumps(identity, indent=1).encode())
-            return out, False
-        if held == identity:
-            return out, (out / "manifest.json").exists()
-        if not force_new and not held:
-            raise UsageError(
-                f"--out {out}: is not empty and holds no run: choose another --out, or "
-                "--force-new to write beside it"
-            )
-        if not force_new:
-            changes = "; ".join(differences(held, identity))
-            raise UsageError(
-                f"{out} holds another run ({changes}): choose another --out, or --force-new to "
-                f"write beside it"
-            )
-        number += 1
-
-
-def _held_by(out: Path) -> dict[str, Any] | None:
-    """Identity of the run that claimed `out`: None if the folder is absent or empty, {} if it
-    holds other things."""
-    claim = out / "run.json"
-    if claim.exists():
-        try:
-            return json.loads(claim.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {"run.json": "unreadable"}
-    if out.is_dir() and any(out.iterdir()):
-        return {}
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: is a file")
-    return None
-
-
-def open_proxy(settings: ProxySettings) -> Proxy:
+def open_proxy(settings: ProxySettings) -> Vlm:
     """Load the proxy the settings name; UsageError when they name none."""
     if not settings.model:
         raise UsageError(
             "--model is missing: this method reads signals of a proxy model, e.g. a checkpoint "
             "warmed up on 5 % of the pool"
         )
-    return load_proxy(settings.model, settings.model_base, settings.dtype, settings.device)
+    return load_vlm(settings.model, settings.model_base, settings.dtype, settings.device)
 
 
 def extract_signal(
@@ -212,7 +163,7 @@ def extract_signal(
     where: PoolSettings,
     settings: ProxySettings,
     ranks: Ranks,
-    proxy: Proxy | None = None,
+    proxy: Vlm | None = None,
 ) -> StoreReader:
     """Compute what is missing of `signal` on pool `rows` (n,) with the given settings."""
     return extract(

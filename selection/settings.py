@@ -11,8 +11,8 @@ import yaml
 from jsonargparse import Namespace
 
 from llava.errors import UsageError
+from llava.flags import Parser, normalised
 
-from .flags import Parser
 from .methods import Method, get_method
 
 
@@ -172,30 +172,10 @@ def _parser(prog: str, about: str | None, *groups: type) -> Parser:
 
 
 def _parse(parser: Parser, argv: list[str], groups: tuple[type, ...]) -> dict:
-    parsed: Namespace = parser.parse_args(_normalise(argv, groups))
+    parsed: Namespace = parser.parse_args(normalised(argv, groups))
     flat = parsed.as_dict()
     flat.pop("config", None)
     return flat
-
-
-def _normalise(argv: list[str], groups: tuple[type, ...]) -> list[str]:
-    """Let `--dry-run` stand for `--dry_run true`: flags with hyphens, switches without a value."""
-    switches = {
-        field.name
-        for group in groups
-        for field in dataclasses.fields(group)
-        if field.type in (bool, "bool")
-    }
-    out = []
-    for position, argument in enumerate(argv):
-        if argument.startswith("--"):
-            flag, equals, value = argument.partition("=")
-            argument = "--" + flag[2:].replace("-", "_") + equals + value
-            bare = position + 1 == len(argv) or argv[position + 1].startswith("--")
-            if flag[2:].replace("-", "_") in switches and not equals and bare:
-                argument += "=true"
-        out.append(argument)
-    return out
 
 
 def _pick(group: type, flat: dict):

@@ -23,8 +23,9 @@ import msgspec
 import numpy as np
 import xxhash
 
+from llava import files
 from llava.errors import StorageError
-from selection import files
+from llava.runs import differences
 from selection.blocks import (
     DTYPES,
     Block,
@@ -91,19 +92,6 @@ def store_folder(
     """Folder of the store for these inputs, whether it exists or not."""
     digest = fingerprint(full_identity(name, identity, rows, columns))
     return Path(root) / f"{name}-{digest[:16]}"
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """One line per value that differs between two identities, such as `model.sha256: a -> b`."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return [
-            line
-            for key in sorted({*old, *new})
-            for line in differences(
-                old.get(key, "absent"), new.get(key, "absent"), f"{path}.{key}" if path else key
-            )
-        ]
-    return [] if old == new else [f"{path}: {old} -> {new}"]
 
 
 def is_complete(folder: str | Path) -> bool:

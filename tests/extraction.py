@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from llava.vlm import load_vlm
 from selection.extract import extract
 from selection.pool import Pool
-from selection.proxy import load_proxy
 from selection.signals.forward import Forward
 
 N = 40
@@ -25,7 +25,7 @@ class World:
     images: Path
 
     def __post_init__(self):
-        self.proxy = load_proxy(self.model)
+        self.proxy = load_vlm(self.model)
         self.pool = Pool.open(self.pool_path)
 
     def extract(self, store, signal=None, rows=None, **options):

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from selection import files
+from llava import files
 
 CALLS = ("open", "write", "fsync", "replace", "unlink", "makedirs")
 
 
 class FaultyOS:
-    """Stands where `selection.files` looks for `os`; call number `at` fails, all others are real.
+    """Stands where `llava.files` looks for `os`; call number `at` fails, all others are real.
 
     `fault` is an errno (the call raises it), "kill" (the process gets SIGKILL before the call) or
     "short" (a write stores half of its bytes and then raises ENOSPC, as a full disk does).
@@ -57,7 +57,7 @@ class FaultyOS:
 
 @contextmanager
 def faulty_os(at: int | None = None, fault: int | str = errno.EIO) -> Iterator[FaultyOS]:
-    """Let call `at` of `selection.files` fail inside the block; without `at`, only count."""
+    """Let call `at` of `llava.files` fail inside the block; without `at`, only count."""
     shim, files.os = FaultyOS(at, fault), None
     files.os = shim
     try:

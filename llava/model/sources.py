@@ -7,7 +7,7 @@ llava_full      mm_vision_tower or its architecture in config.json  the vision t
 llava_lora      adapter_config.json                                 base, perhaps the tower
 projector_only  mm_projector.bin without whole weights              base, perhaps the tower
 language_model  config.json of a causal language model
-hf_other        any other vision-language model of transformers     read by `selection.proxy`
+hf_other        any other vision-language model of transformers     read by `llava.vlm`
 """
 
 from __future__ import annotations

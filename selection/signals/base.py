@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from PIL.Image import Image
 
-from selection.proxies.base import Proxy
+from llava.vlm.base import Vlm
 from selection.store import Column
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Item(Protocol):
-    """One prepared sample; `selection.proxies.base.Prepared` is the usual one."""
+    """One prepared sample; `llava.vlm.base.Prepared` is the usual one."""
 
     @property
     def n_tokens(self) -> int:
@@ -55,14 +55,14 @@ class Signal:
         """What decides the numbers besides proxy and pool."""
         return {"settings": asdict(self), "schema": self.schema}
 
-    def columns(self, proxy: Proxy) -> list[Column]:
+    def columns(self, proxy: Vlm) -> list[Column]:
         """Names, shapes and dtypes of what `compute` returns."""
         raise NotImplementedError
 
-    def prepare(self, proxy: Proxy, sample: Sample) -> Item:
+    def prepare(self, proxy: Vlm, sample: Sample) -> Item:
         """Model inputs of one sample. Raises `UserError` when the sample cannot be used."""
         return proxy.prepare(sample.record, sample.image)
 
-    def compute(self, proxy: Proxy, items: list[Item]) -> dict[str, np.ndarray]:
+    def compute(self, proxy: Vlm, items: list[Item]) -> dict[str, np.ndarray]:
         """One array (B, *shape) per column for a batch of B prepared samples."""
         raise NotImplementedError

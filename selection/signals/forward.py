@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from llava.errors import DataError
 from llava.tokens import IGNORE_INDEX
-from selection.proxies.base import Batch, ForwardOut, Prepared, Proxy
+from llava.vlm.base import Batch, ForwardOut, Prepared, Vlm
 from selection.signals.base import Sample, Signal
 from selection.store import Column
 
@@ -52,18 +52,18 @@ class Forward(Signal):
 
     name: ClassVar[str] = "forward"
 
-    def columns(self, proxy: Proxy) -> list[Column]:
+    def columns(self, proxy: Vlm) -> list[Column]:
         states = [Column(name, (proxy.hidden_size,), proxy.stored_dtype) for name in STATES]
         scalars = [Column(name, (), "float32") for name in SCALARS]
         return [*states, *scalars, Column("n_tokens", (), "int32")]
 
-    def prepare(self, proxy: Proxy, sample: Sample) -> Prepared:
+    def prepare(self, proxy: Vlm, sample: Sample) -> Prepared:
         item = proxy.prepare(sample.record, sample.image)
         if not bool((item.labels[1:] != IGNORE_INDEX).any()):
             raise DataError(f"no answer token within the first {proxy.max_length} tokens")
         return item
 
-    def compute(self, proxy: Proxy, items: list[Prepared]) -> dict[str, np.ndarray]:
+    def compute(self, proxy: Vlm, items: list[Prepared]) -> dict[str, np.ndarray]:
         batch = proxy.collate(items)
         found = forward_columns(proxy, batch, proxy.forward(batch))
         dtypes = {column.name: column.dtype for column in self.columns(proxy)}
@@ -71,7 +71,7 @@ class Forward(Signal):
             return {name: t.cpu().numpy().astype(dtypes[name]) for name, t in found.items()}
 
 
-def forward_columns(proxy: Proxy, batch: Batch, out: ForwardOut) -> dict[str, Tensor]:
+def forward_columns(proxy: Vlm, batch: Batch, out: ForwardOut) -> dict[str, Tensor]:
     """All columns of `Forward` for a batch that went through `proxy.forward`: (B, ...) tensors."""
     sample, position = supervised_positions(batch.labels)
     targets = batch.labels[sample, position + 1]

@@ -36,8 +36,8 @@ from llava.data import Turn
 from llava.errors import UsageError
 from llava.eval.attacks import MAX_ORDERS, SYMBOLS
 from llava.eval.choices import run_together, score
+from llava.vlm.base import Prepared, Vlm
 from selection.perturb import DIFFUSION_STEPS, choice_turns, diffuse, perturbations
-from selection.proxies.base import Prepared, Proxy
 from selection.signals.base import Sample, Signal
 from selection.signals.forward import forward_columns, pooled_states
 from selection.store import Column
@@ -102,7 +102,7 @@ class Perturbed(Signal):
                 f"diffusion_step {self.diffusion_step}: give a number in 0..{DIFFUSION_STEPS - 1}"
             )
 
-    def columns(self, proxy: Proxy) -> list[Column]:
+    def columns(self, proxy: Vlm) -> list[Column]:
         return [
             Column("kind", (), "uint8"),
             *(Column(name, (), "float32") for name in (*LOSSES, "attention_self")),
@@ -110,7 +110,7 @@ class Perturbed(Signal):
             *(Column(name, (proxy.hidden_size,), proxy.stored_dtype) for name in STATES),
         ]
 
-    def prepare(self, proxy: Proxy, sample: Sample) -> Copies:
+    def prepare(self, proxy: Vlm, sample: Sample) -> Copies:
         clean = proxy.prepare(sample.record, sample.image)
         turns = list(check_turns(sample.record.turns))
         questions = choice_turns(turns)
@@ -123,7 +123,7 @@ class Perturbed(Signal):
 
     def _choice_copies(
         self,
-        proxy: Proxy,
+        proxy: Vlm,
         sample: Sample,
         clean: Prepared,
         turns: list[tuple[str, str]],
@@ -140,7 +140,7 @@ class Perturbed(Signal):
         answers = tuple(written.index(question + 1) for question in questions)
         return Copies(KIND_CHOICE, versions, answers)
 
-    def compute(self, proxy: Proxy, items: list[Copies]) -> dict[str, np.ndarray]:
+    def compute(self, proxy: Vlm, items: list[Copies]) -> dict[str, np.ndarray]:
         columns = {
             column.name: np.full(
                 (len(items), *column.shape), _DEFAULTS.get(column.name, 0), column.dtype
@@ -162,7 +162,7 @@ class Perturbed(Signal):
                 columns[name][np.isnan(columns[name])] = np.inf
         return columns
 
-    def _choice_row(self, proxy: Proxy, item: Copies) -> dict[str, np.ndarray | float | int]:
+    def _choice_row(self, proxy: Vlm, item: Copies) -> dict[str, np.ndarray | float | int]:
         """Columns of one sample, from all its orders in two model calls."""
         images = proxy.image_inputs(item.versions[:1])
         run = run_together(proxy.model, item.versions, images, proxy.recorder, proxy.pad_id)
@@ -188,7 +188,7 @@ class Perturbed(Signal):
             "attention_self": attention[0, -1].cpu().numpy(),
         }
 
-    def _image_columns(self, proxy: Proxy, items: list[Copies]) -> dict[str, np.ndarray]:
+    def _image_columns(self, proxy: Vlm, items: list[Copies]) -> dict[str, np.ndarray]:
         """Columns of samples that share a padded length: clean and noisy rows in one batch."""
         batch = proxy.collate([version for item in items for version in item.versions])
         found = forward_columns(proxy, batch, proxy.forward(batch))

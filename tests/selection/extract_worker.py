@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import torch
 
+from llava.vlm import load_vlm
 from selection.extract import extract
 from selection.pool import Pool
-from selection.proxy import load_proxy
 from selection.signals.forward import Forward
 
 model, pool_path, images, store = sys.argv[1:]
 torch.set_num_threads(1)
 pool = Pool.open(pool_path)
 rows = np.arange(len(pool))
-extract(Forward(), load_proxy(model), pool, rows, store, images, batch_size=7, block_size=6)
+extract(Forward(), load_vlm(model), pool, rows, store, images, batch_size=7, block_size=6)

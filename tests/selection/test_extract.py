@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llava.errors import UsageError
+from llava.vlm.base import Prepared
 from selection.extract import buckets, extract
-from selection.proxies.base import Prepared
 from selection.signals.forward import Forward
 from tests.extraction import Forbidden, N, Slow, World, assert_same, columns, fork
 from tests.faults import snapshot

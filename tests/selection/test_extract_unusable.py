@@ -8,8 +8,8 @@ import torch
 
 from llava.errors import DataError
 from llava.images import open_image
+from llava.vlm import load_vlm
 from selection.extract import allowed_bad, extract, is_out_of_memory, non_finite
-from selection.proxy import load_proxy
 from selection.signals.forward import Forward
 from tests.extraction import Forbidden, N, World, assert_same, columns
 
@@ -178,7 +178,7 @@ class Uncached(Forward):
 
 
 def test_state_that_float16_cannot_hold_is_listed(world, tmp_path):
-    proxy = load_proxy(world.model, dtype="bfloat16")
+    proxy = load_vlm(world.model, dtype="bfloat16")
     with torch.no_grad():
         proxy.decoder.norm.weight.mul_(3e5)
     rows = np.arange(8)

@@ -13,15 +13,15 @@ import msgspec
 import numpy as np
 import pytest
 
+from llava import files
 from llava.errors import StorageError
-from selection import files
+from llava.runs import differences
 from selection import store as store_module
 from selection.blocks import Block, block_path, encode_index, read_index
 from selection.store import (
     Column,
     StoreReader,
     StoreWriter,
-    differences,
     fingerprint,
     full_identity,
     is_complete,

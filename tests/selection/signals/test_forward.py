@@ -7,8 +7,8 @@ import torch
 from llava.errors import DataError
 from llava.images import open_image
 from llava.tokens import IGNORE_INDEX
+from llava.vlm import load_vlm
 from selection.pool import Pool
-from selection.proxy import load_proxy
 from selection.signals.base import Sample
 from selection.signals.forward import (
     Forward,
@@ -95,7 +95,7 @@ def test_pooled_states_are_the_slides_formulas():
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_columns_against_a_plain_forward_with_labels(name, tmp_path):
-    proxy = load_proxy(BUILDERS[name](tmp_path / "model"))
+    proxy = load_vlm(BUILDERS[name](tmp_path / "model"))
     path, images = save_pool(tmp_path / "pool", 3)
     pool = Pool.open(path)
     for row in (0, 1):
@@ -128,7 +128,7 @@ def test_columns_against_a_plain_forward_with_labels(name, tmp_path):
 
 def test_renormalised_attention_state_is_recoverable(tmp_path):
     """attention_state / (1 - attention_self) weighs the earlier tokens with weights of sum 1."""
-    proxy = load_proxy(save_llava(tmp_path / "model"))
+    proxy = load_vlm(save_llava(tmp_path / "model"))
     path, _ = save_pool(tmp_path / "pool", 1)
     item = proxy.prepare(Pool.open(path).record(0), None)
     with torch.inference_mode():
@@ -141,7 +141,7 @@ def test_renormalised_attention_state_is_recoverable(tmp_path):
 
 
 def test_sample_without_an_answer_is_refused(tmp_path):
-    proxy = load_proxy(save_llava(tmp_path / "model"))
+    proxy = load_vlm(save_llava(tmp_path / "model"))
     record = Pool.open(save_pool(tmp_path / "pool", 1)[0]).record(0)
     del record.conversations[1:]
     with pytest.raises(DataError, match="no answer token"):
@@ -149,7 +149,7 @@ def test_sample_without_an_answer_is_refused(tmp_path):
 
 
 def test_half_precision_is_stored_as_float16(tmp_path):
-    proxy = load_proxy(save_llava(tmp_path / "model"), dtype="bfloat16")
+    proxy = load_vlm(save_llava(tmp_path / "model"), dtype="bfloat16")
     item = proxy.prepare(Pool.open(save_pool(tmp_path / "pool", 1)[0]).record(0), None)
     with torch.inference_mode():
         found = Forward().compute(proxy, [item])

@@ -12,11 +12,11 @@ from PIL import Image
 from llava.data import Record, Turn
 from llava.errors import DataError, UsageError
 from llava.tokens import IGNORE_INDEX
+from llava.vlm import load_vlm
+from llava.vlm.base import Prepared
 from selection.extract import extract
 from selection.perturb import diffuse, perturbations
 from selection.pool import Pool
-from selection.proxies.base import Prepared
-from selection.proxy import load_proxy
 from selection.signals.base import Sample
 from selection.signals.forward import Forward, forward_columns
 from selection.signals.perturbed import (
@@ -49,12 +49,12 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(scope="module", params=MODELS)
 def any_proxy(request, tmp_path_factory):
-    return load_proxy(MODELS[request.param](tmp_path_factory.mktemp("model") / request.param))
+    return load_vlm(MODELS[request.param](tmp_path_factory.mktemp("model") / request.param))
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    return load_proxy(BUILDERS["llava"](tmp_path_factory.mktemp("model") / "llava"))
+    return load_vlm(BUILDERS["llava"](tmp_path_factory.mktemp("model") / "llava"))
 
 
 @pytest.fixture(autouse=True)
@@ -282,6 +282,6 @@ def test_settings_are_checked_and_identify_the_store():
 
 def test_half_precision_states_are_stored_as_float16(tmp_path_factory):
     folder = BUILDERS["llava"](tmp_path_factory.mktemp("model") / "llava")
-    proxy = load_proxy(folder, dtype="bfloat16")
+    proxy = load_vlm(folder, dtype="bfloat16")
     found = values(Perturbed(), proxy, sample(CHOICE, image=picture()))
     assert found["last_state"].dtype == np.float16 and np.isfinite(found["gap"]).all()

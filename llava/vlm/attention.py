@@ -67,13 +67,13 @@ class LastRow:
         if self._module is None:
             raise UsageError(
                 f"{type(decoder).__name__}: its last layer has no `self_attn`, so the attention "
-                "row cannot be read; choose a proxy with an ordinary transformer decoder"
+                "row cannot be read; choose a model with an ordinary transformer decoder"
             )
         decoder.set_attn_implementation(NAME)
         if decoder.config._attn_implementation != NAME:
             raise UsageError(
                 f"{type(decoder).__name__} does not accept a registered attention function; "
-                "choose another proxy or a newer transformers"
+                "choose another model or a newer transformers"
             )
         self.last: Tensor | None = None
         self.row: Tensor | None = None

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 as proxy: the ids, labels and pixels that it was trained with."""
+"""LLaVA-1.5: the ids, labels and pixels that it was trained with."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from llava.conversation import get_template
 from llava.data import expand_image
 from llava.errors import DataError
 from llava.tokens import IMAGE_TOKEN_INDEX, Encoded, encode_conversation
-from selection.proxies.base import Prepared, Proxy
+from llava.vlm.base import Prepared, Vlm
 
 if TYPE_CHECKING:
     from llava.data import Record
     from llava.model.checkpoint import Loaded
 
 
-class LlavaProxy(Proxy):
+class LlavaVlm(Vlm):
     """A checkpoint read by `llava.model.checkpoint.load`."""
 
     kind = "llava"
@@ -39,7 +39,7 @@ class LlavaProxy(Proxy):
 
     def prepare(self, record: Record, image: Image | None) -> Prepared:
         if image is not None and self.loaded.image_processor is None:
-            raise DataError("has an image, but the proxy is a language model without vision")
+            raise DataError("has an image, but the model is a language model without vision")
         encoded, shown = self._encode(record, image is not None)
         extras = {"pixel_values": self.loaded.image_processor(image)[None]} if shown else {}
         return Prepared(encoded.input_ids, encoded.labels, extras)

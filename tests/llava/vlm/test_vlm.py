@@ -13,9 +13,9 @@ from llava.conversation import get_template
 from llava.data import Record, Turn
 from llava.errors import DataError, UsageError
 from llava.tokens import IGNORE_INDEX, encode_conversation
-from selection.proxies.base import MIN_ROWS, StableRows
-from selection.proxies.processor import render
-from selection.proxy import LlavaProxy, ProcessorProxy, load_proxy, padded_length
+from llava.vlm import LlavaVlm, ProcessorVlm, load_vlm, padded_length
+from llava.vlm.base import MIN_ROWS, StableRows
+from llava.vlm.processor import render
 from tests.tiny_models import BUILDERS, WORDS, save_llava, save_qwen2_5_vl, save_smolvlm
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 52, 3), np.uint8))
@@ -30,17 +30,17 @@ def record(*texts: str, image: str | None = "x.png") -> Record:
 @pytest.fixture(scope="module", params=BUILDERS)
 def proxy(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return load_proxy(BUILDERS[request.param](folder / "model"))
+    return load_vlm(BUILDERS[request.param](folder / "model"))
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    return load_proxy(save_llava(tmp_path_factory.mktemp("llava") / "model"))
+    return load_vlm(save_llava(tmp_path_factory.mktemp("llava") / "model"))
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
-    return load_proxy(save_qwen2_5_vl(tmp_path_factory.mktemp("qwen") / "model"))
+    return load_vlm(save_qwen2_5_vl(tmp_path_factory.mktemp("qwen") / "model"))
 
 
 def test_padded_length_is_enough_and_never_much():
@@ -74,7 +74,7 @@ def supervised_text(proxy, item) -> str:
 
 
 def decode(proxy, token: int) -> str:
-    if isinstance(proxy, LlavaProxy):
+    if isinstance(proxy, LlavaVlm):
         tokenizer = proxy.loaded.tokenizer
         return "</s>" if token == tokenizer.eos_id else tokenizer._model.id_to_piece(token)
     return proxy.processor.tokenizer.decode([token])
@@ -194,7 +194,7 @@ def test_rewrite_is_prepare_with_the_same_image(proxy, monkeypatch):
         id(image): proxy.prepare(record(f"<image>\n{ASK}", "red"), image) for image, _ in pairs
     }
     again = [proxy.rewrite(clean[id(image)], sample, image) for image, sample in pairs]
-    if isinstance(proxy, ProcessorProxy):
+    if isinstance(proxy, ProcessorVlm):
         remembering = proxy.processor.image_processor
         monkeypatch.setattr(proxy.processor, "image_processor", remembering._processor)
     for (image, sample), item in zip(pairs, again, strict=True):
@@ -202,7 +202,7 @@ def test_rewrite_is_prepare_with_the_same_image(proxy, monkeypatch):
 
 
 def test_an_image_is_processed_once_for_all_wordings(proxy, monkeypatch):
-    if isinstance(proxy, LlavaProxy):
+    if isinstance(proxy, LlavaVlm):
         holder, name = proxy.loaded, "image_processor"
     else:
         holder, name = proxy.processor.image_processor, "_processor"
@@ -246,7 +246,7 @@ def test_llava_has_the_exact_training_ids(llava):
 
 
 def test_begin_of_text_is_written_once(tmp_path):
-    proxy = load_proxy(BUILDERS["llava_next"](tmp_path / "model"))
+    proxy = load_vlm(BUILDERS["llava_next"](tmp_path / "model"))
     ids = proxy.prepare(record(ASK, "red", image=None), None).input_ids.tolist()
     bos = proxy.processor.tokenizer.bos_token_id
     assert ids[0] == bos and ids.count(bos) == 1
@@ -280,34 +280,34 @@ def edit(path, old: str, new: str) -> None:
 
 def test_identity_follows_contents_not_places(tmp_path):
     folder = save_llava(tmp_path / "a")
-    identity = load_proxy(folder).identity()
+    identity = load_vlm(folder).identity()
     json.dumps(identity)
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
-    assert load_proxy(moved).identity() == identity
-    changed = [load_proxy(folder, dtype="bfloat16").identity()]
+    assert load_vlm(moved).identity() == identity
+    changed = [load_vlm(folder, dtype="bfloat16").identity()]
     for old, new in [("v1", "llava_v1"), ('"pad"', '"square"'), ("256", "255")]:
         copy = shutil.copytree(folder, tmp_path / new.strip('"'))
         edit(copy / "llava.json", old, new)
-        changed.append(load_proxy(copy).identity())
+        changed.append(load_vlm(copy).identity())
     assert all(other != identity for other in changed)
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "preprocessor_config.json"])
 def test_processor_identity_covers_template_and_images(tmp_path, file):
     folder = save_smolvlm(tmp_path / "a")
-    identity = load_proxy(folder).identity()
+    identity = load_vlm(folder).identity()
     json.dumps(identity)
     if file.endswith("jinja"):
         edit(folder / file, "Assistant:", "Helper:")
     else:
         edit(folder / file, "84", "56")
-    assert load_proxy(folder).identity() != identity
+    assert load_vlm(folder).identity() != identity
 
 
 def test_kinds(tmp_path, llava, qwen):
-    assert isinstance(llava, LlavaProxy) and llava.identity()["kind"] == "llava"
-    assert isinstance(qwen, ProcessorProxy) and qwen.identity()["kind"] == "processor"
-    idefics = load_proxy(save_smolvlm(tmp_path / "model", "Idefics3"))
+    assert isinstance(llava, LlavaVlm) and llava.identity()["kind"] == "llava"
+    assert isinstance(qwen, ProcessorVlm) and qwen.identity()["kind"] == "processor"
+    idefics = load_vlm(save_smolvlm(tmp_path / "model", "Idefics3"))
     item = idefics.prepare(record(f"<image>\n{ASK}", "red"), IMAGE)
     with torch.inference_mode():
         assert idefics.forward(idefics.collate([item])).hidden.shape[-1] == idefics.hidden_size
@@ -316,7 +316,7 @@ def test_kinds(tmp_path, llava, qwen):
 def test_unreadable_folders_get_one_line(tmp_path):
     def message(path, **options) -> str:
         with pytest.raises(UsageError) as caught:
-            load_proxy(path, **options)
+            load_vlm(path, **options)
         text = str(caught.value)
         assert "\n" not in text
         return text
@@ -342,7 +342,7 @@ def test_language_model_takes_text_only(tmp_path, llava):
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(text.tokenizer_files["tokenizer.model"])
-    proxy = load_proxy(folder)
+    proxy = load_vlm(folder)
     item = proxy.prepare(record(ASK, "red", image=None), None)
     with torch.inference_mode():
         assert torch.isfinite(proxy.forward(proxy.collate([item])).hidden).all()

@@ -1,4 +1,4 @@
-from selection.progress import Progress
+from llava.progress import Progress
 
 
 def test_lines_where_there_is_no_terminal(capfd):
@@ -10,7 +10,7 @@ def test_lines_where_there_is_no_terminal(capfd):
 
 
 def test_lines_come_every_now_and_then(capfd, monkeypatch):
-    monkeypatch.setattr("selection.progress.SECONDS", 0)
+    monkeypatch.setattr("llava.progress.SECONDS", 0)
     with Progress("forward", 4) as bar:
         for _ in range(4):
             bar.advance(1)

@@ -1,4 +1,7 @@
-"""Load the proxy, the model that scores the pool, by the files in its folder."""
+"""Any vision-language model behind one small interface, loaded by the files in its folder.
+
+Selection calls the model that scores a pool its proxy; evaluation asks the one to be judged.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +12,31 @@ import torch
 
 from llava.errors import UsageError
 from llava.model import checkpoint
-from selection.proxies.base import (
-    Batch,
-    ForwardOut,
-    Prepared,
-    Proxy,
-    padded_length,
-)
-from selection.proxies.llava import LlavaProxy
-from selection.proxies.processor import ProcessorProxy
+from llava.vlm.base import Batch, ForwardOut, Prepared, Vlm, padded_length
+from llava.vlm.llava import LlavaVlm
+from llava.vlm.processor import ProcessorVlm
 
 __all__ = [
     "Batch",
     "ForwardOut",
-    "LlavaProxy",
+    "LlavaVlm",
     "Prepared",
-    "ProcessorProxy",
-    "Proxy",
-    "load_proxy",
+    "ProcessorVlm",
+    "Vlm",
+    "load_vlm",
     "padded_length",
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_proxy(
+def load_vlm(
     path: str | Path,
     base: str | Path | None = None,
     dtype: str | None = None,
     device: str | None = None,
-) -> Proxy:
-    """Read a checkpoint as proxy.
+) -> Vlm:
+    """Read a checkpoint.
 
     `base` is the language model under a LoRA or projector-only checkpoint. `dtype` None or "auto"
     is bfloat16 on a GPU that has it, float16 on another, float32 on a CPU; `device` None or "auto"
@@ -50,9 +47,9 @@ def load_proxy(
     kind = checkpoint.inspect(path)
     number = pick_dtype(dtype, where)
     if kind == "hf_other":
-        return ProcessorProxy.load(Path(path), number, where)
+        return ProcessorVlm.load(Path(path), number, where)
     loaded = checkpoint.load(path, base=base, dtype=number, device=where)
-    return LlavaProxy(loaded, checkpoint.fingerprint(path, base))
+    return LlavaVlm(loaded, checkpoint.fingerprint(path, base))
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from typing import NoReturn
@@ -47,3 +48,23 @@ class Parser(ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         near = difflib.get_close_matches(flag, known, n=1)
         return f"{flag}: no such flag{f' (did you mean {near[0]}?)' if near else ''}"
+
+
+def normalised(argv: list[str], groups: tuple[type, ...]) -> list[str]:
+    """Let `--dry-run` stand for `--dry_run true`: flags with hyphens, switches without a value."""
+    switches = {
+        field.name
+        for group in groups
+        for field in dataclasses.fields(group)
+        if field.type in (bool, "bool")
+    }
+    out = []
+    for position, argument in enumerate(argv):
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            argument = "--" + flag[2:].replace("-", "_") + equals + value
+            bare = position + 1 == len(argv) or argv[position + 1].startswith("--")
+            if flag[2:].replace("-", "_") in switches and not equals and bare:
+                argument += "=true"
+        out.append(argument)
+    return out

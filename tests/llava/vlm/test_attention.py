@@ -7,9 +7,9 @@ from transformers import MistralConfig, MistralModel
 
 from llava.errors import UsageError
 from llava.images import open_image
-from selection.attention import LastRow, last_row
+from llava.vlm import load_vlm
+from llava.vlm.attention import LastRow, last_row
 from selection.pool import Pool
-from selection.proxy import load_proxy
 from tests.tiny_models import BUILDERS, save_pool
 
 
@@ -88,7 +88,7 @@ def test_batch_does_not_change_a_bit():
 @pytest.mark.parametrize("name", BUILDERS)
 def test_models_give_what_eager_attention_gives(name, tmp_path):
     """Right-padded, without a mask, against one sample at a time with output_attentions=True."""
-    proxy = load_proxy(BUILDERS[name](tmp_path / "model"))
+    proxy = load_vlm(BUILDERS[name](tmp_path / "model"))
     path, images = save_pool(tmp_path / "pool", 4)
     pool = Pool.open(path)
     items = []

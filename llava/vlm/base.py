@@ -1,4 +1,4 @@
-"""The model that scores, behind one small interface."""
+"""A vision-language model behind one small interface."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from llava.errors import UsageError
 from llava.tokens import IGNORE_INDEX
-from selection.attention import LastRow
+from llava.vlm.attention import LastRow
 
 if TYPE_CHECKING:
     from llava.data import Record
@@ -61,7 +61,7 @@ class Prepared:
 
 @dataclass
 class Batch:
-    """Right-padded inputs on the proxy's device; `last` is each sample's last real position."""
+    """Right-padded inputs on the model's device; `last` is each sample's last real position."""
 
     input_ids: Tensor  # (B, S)
     labels: Tensor  # (B, S)
@@ -92,7 +92,7 @@ class StableRows(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Proxy:
+class Vlm:
     """A vision-language model in evaluation mode. Subclasses know how a record becomes inputs.
 
     The model's text decoder is causal, so right padding needs no attention mask; without a mask
@@ -117,7 +117,7 @@ class Proxy:
             if getattr(text, name, None) not in (None, 1, 1.0):
                 raise UsageError(
                     f"{type(model).__name__} rescales its logits ({name}), which the answer loss "
-                    "here does not do; choose another proxy"
+                    "here does not do; choose another model"
                 )
         self.recorder = LastRow(self.decoder)
 
@@ -135,7 +135,7 @@ class Proxy:
         return "float32" if self.dtype == torch.float32 else "float16"
 
     def identity(self) -> dict[str, Any]:
-        """Everything about the proxy that decides numbers, JSON-serialisable."""
+        """Everything about the model that decides numbers, JSON-serialisable."""
         return {
             "kind": self.kind,
             "checkpoint": self.fingerprint,

@@ -1,4 +1,4 @@
-"""Any Hugging Face vision-language model as proxy, through its own processor and chat template.
+"""Any Hugging Face vision-language model, through its own processor and chat template.
 
 Which tokens are supervised is known by construction: the conversation is rendered up to each
 answer with the generation prompt, and again with the answer; what the second text adds is the
@@ -21,7 +21,7 @@ from torch import Tensor
 from llava.conversation import IMAGE_TOKEN, check_turns
 from llava.errors import DataError, UsageError
 from llava.tokens import IGNORE_INDEX
-from selection.proxies.base import Prepared, Proxy
+from llava.vlm.base import Prepared, Vlm
 
 if TYPE_CHECKING:
     from llava.data import Record
@@ -33,7 +33,7 @@ CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_confi
 NO_LIMIT = 1 << 20  # tokenizers without a limit report an astronomic one
 
 
-class ProcessorProxy(Proxy):
+class ProcessorVlm(Vlm):
     """A model of AutoModelForImageTextToText with its AutoProcessor."""
 
     kind = "processor"
@@ -57,7 +57,7 @@ class ProcessorProxy(Proxy):
         self.image_token: str = tokenizer.convert_ids_to_tokens(self.image_token_id)
 
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: torch.device) -> ProcessorProxy:
+    def load(cls, path: Path, dtype: torch.dtype, device: torch.device) -> ProcessorVlm:
         """Read model and processor from a folder; UsageError in one line if that fails."""
         from transformers import AutoModelForImageTextToText
 
