@@ -47,6 +47,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$(stamp_of)" ]; then
   fi
   # shellcheck disable=SC2086  # TORCH may carry pip options
   "$PYTHON" -m pip install -qq --disable-pip-version-check ${TORCH:-$(grep '^torch==' "$root/constraints.txt")} >&2
-  "$PYTHON" -m pip install -qq --disable-pip-version-check -c "$constraints" -e "${root}[dev,train]" >&2
+  "$PYTHON" -m pip install -qq --disable-pip-version-check -c "$constraints" -e "${root}[dev,train,judge,spectral]" >&2
   stamp_of >"$stamp" 2>/dev/null || true
 fi
