@@ -49,6 +49,10 @@ class Task:
 
     name: ClassVar[str]
     """as in `scripts/v1_5/eval/<name>.sh` and `--benchmark`"""
+    attacked: ClassVar[bool] = False
+    """whether its options and symbols are attacked: every item has a `question`"""
+    image_folders: ClassVar[tuple[str, ...]] = (".",)
+    """where its pictures are, relative to the benchmark's folder; the first that exists"""
 
     def read(self, data: Path) -> list[Item]:
         """Items in the file's order. `data` is the benchmark's folder, or its question file.
@@ -70,6 +74,17 @@ class Task:
         An item without an answer is wrong unless the benchmark's own script says otherwise.
         """
         raise NotImplementedError
+
+    def counted(self, item: Item) -> bool:
+        """Whether an item is in the numbers under attack that papers print."""
+        return True
+
+    def submission(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, bytes]:
+        """Files in the formats of the benchmark's server or scripts, by name; none if it has none.
+
+        An item without an answer is put in as the owners' own converter puts it in.
+        """
+        return {}
 
 
 def check_unique(items: Sequence[Item], where: str) -> None:

@@ -42,6 +42,7 @@ class Gqa(Task):
     """Metric: `accuracy` over testdev_balanced."""
 
     name = "gqa"
+    image_folders = ("data/images", "images")
 
     def read(self, data: Path) -> list[Item]:
         """Items in the question file's order."""
@@ -64,6 +65,7 @@ class GqaOod(Task):
     """
 
     name = "gqa_ood"
+    image_folders = Gqa.image_folders
 
     def read(self, data: Path) -> list[Item]:
         """GQA's items if it is there, then those that only GQA-OOD has.

@@ -50,6 +50,7 @@ class MmBench(Task):
     """Metrics: `circular` (published; a question counts if all its rows are right), `per_row`."""
 
     name = "mmbench"
+    attacked = True
     questions: ClassVar[str] = "mmbench_dev_20230712.tsv"
     instruction: ClassVar[str] = LETTER
 

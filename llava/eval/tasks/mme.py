@@ -45,6 +45,7 @@ class Mme(Task):
     """
 
     name = "mme"
+    image_folders = (RELEASE,)
 
     def read(self, data: Path) -> list[Item]:
         """Items in the question file's order; `id` is "<question_id> <question>"."""

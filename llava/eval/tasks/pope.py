@@ -50,6 +50,7 @@ class Pope(Task):
     """
 
     name = "pope"
+    image_folders = ("val2014",)
 
     def read(self, data: Path) -> list[Item]:
         """Items in the question file's order, the category as `group`, the label as answer."""

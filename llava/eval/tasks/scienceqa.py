@@ -62,6 +62,8 @@ class ScienceQa(Task):
     """
 
     name = "sqa"
+    attacked = True
+    image_folders = ("images/test",)
 
     def read(self, data: Path) -> list[Item]:
         """Items in the question file's order, `group` is "image" or "text"."""
@@ -80,6 +82,10 @@ class ScienceQa(Task):
             "image": percent(sum(map(_has_image, right)), sum(map(_has_image, items))),
             "parse_failures": percent(list(letters.values()).count(None), len(items)),
         }
+
+    def counted(self, item: Item) -> bool:
+        """Only items with a picture: the subset that papers mean by ScienceQA."""
+        return _has_image(item)
 
 
 def read_letter(text: str) -> str | None:

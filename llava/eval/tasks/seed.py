@@ -59,6 +59,7 @@ class Seed(Task):
     """
 
     name = "seed"
+    attacked = True
 
     def read(self, data: Path) -> list[Item]:
         """Items in the question file's order; `extra["annotations"]` are what an item counts as."""

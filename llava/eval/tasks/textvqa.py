@@ -50,6 +50,7 @@ class TextVqa(Task):
     """Metric: `accuracy`, the mean soft accuracy."""
 
     name = "textvqa"
+    image_folders = ("train_images",)
 
     def read(self, data: Path) -> list[Item]:
         """Items in the question file's order; `id` is "<question_id> <question>"."""

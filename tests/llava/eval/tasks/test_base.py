@@ -1,0 +1,23 @@
+"""What every benchmark in the folder has in common."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava.eval.tasks import Item, find_task, task_names
+
+ATTACKED = {"sqa", "seed", "mmbench", "mmbench_cn"}
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_every_benchmark_says_where_its_pictures_are(name):
+    task = find_task(name)
+    assert task.attacked == (name in ATTACKED)
+    assert task.image_folders and not any(f.startswith(("/", "..")) for f in task.image_folders)
+
+
+def test_only_scienceqa_counts_a_part():
+    seen, unseen = Item(1, "?", images=("1.png",)), Item(2, "?")
+    for name in sorted(ATTACKED):
+        assert find_task(name).counted(seen)
+        assert find_task(name).counted(unseen) == (name != "sqa")
