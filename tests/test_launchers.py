@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llava.eval.tasks import task_names
 from llava.train.arguments import parse
 from tests.slurm import install
 
@@ -56,6 +57,12 @@ RECIPES = {
     "scripts/v1_5/finetune_task.sh": f"{FULL}{ON_LLAVA}-task".format("13b"),
     "scripts/v1_5/finetune_task_lora.sh": f"{LORA}{ON_LLAVA}-task-lora".format("13b"),
 }
+EVAL_FOLDER = "scripts/v1_5/eval"
+EVAL = ROOT / EVAL_FOLDER
+# benchmark -> its folder in LLaVA's playground/data/eval
+EVALUATED = {
+    name: name for name in "mmbench mmbench_cn aokvqa mmmu arc_e boolq gqa pope textvqa".split()
+} | {"sqa": "scienceqa", "seed": "seed_bench", "gqa_ood": "gqa", "mme": "MME"}
 TORCHRUN = "-m llava.train.launch --standalone --nproc_per_node {} -m llava.train.train_mem"
 
 
@@ -269,3 +276,87 @@ def test_array_larger_than_its_table(launch, clone, tmp_path):
     job = install(tmp_path / "bin", 1) | {"SLURM_SUBMIT_DIR": str(clone)}
     done = launch("scripts/slurm/methods.sbatch", SLURM_ARRAY_TASK_ID="6", **job)
     assert done.returncode == 2 and "2 methods x 3 seeds; lower --array" in done.stderr
+
+
+def test_every_benchmark_has_its_launcher():
+    assert {*EVALUATED} == {*task_names()}
+    assert {*EVALUATED} == {path.stem for path in EVAL.glob("*.sh")} - {"common"}
+
+
+@pytest.mark.parametrize(("benchmark", "folder"), EVALUATED.items())
+def test_a_model_is_asked_on_every_gpu(benchmark, folder, launch):
+    done = launch(f"{EVAL_FOLDER}/{benchmark}.sh", MODEL="hub/llava-7b", NPROC="8")
+    start = "-m llava.train.launch --standalone --nproc_per_node 8 -m llava.eval run".split()
+    assert done.returncode == 0, done.stderr
+    (line,) = done.lines
+    assert line[: len(start)] == start
+    assert pairs(line[len(start) :]) == {
+        "--benchmark": benchmark,
+        "--data": f"playground/data/eval/{folder}",
+        "--model": "hub/llava-7b",
+        "--out": f"outputs/eval/llava-7b/{benchmark}",
+    }
+
+
+def asked(done: subprocess.CompletedProcess) -> dict[str, str]:
+    """The flags of the one process that asks."""
+    assert done.returncode == 0, done.stderr
+    assert done.lines[-1][:3] == ["-m", "llava.eval", "run"]
+    return pairs(done.lines[-1][3:])
+
+
+def test_the_caller_decides_what_is_asked(launch):
+    named = {"MODEL": "m", "MODEL_BASE": "b", "DATA": "d", "IMAGES": "with space", "OUTPUT": "o"}
+    done = launch(f"{EVAL_FOLDER}/sqa.sh", "--symbols", "snvf", "--out", "p", NPROC="1", **named)
+    words = "--data d --images with space --model m --model-base b --out o --symbols snvf --out p"
+    assert done.lines[-1] == ["-m", "llava.eval", "run", "--benchmark", "sqa", *words.split()]
+    flags = "--nnodes 2 --node_rank 1"
+    (line,) = launch(f"{EVAL_FOLDER}/sqa.sh", NPROC="1", TORCHRUN_ARGS=flags, **named).lines
+    assert line[1:8] == ["llava.train.launch", *flags.split(), "--nproc_per_node", "1"]
+
+
+def test_nothing_set_asks_the_proxy_and_says_so(launch):
+    done = launch(f"{EVAL_FOLDER}/seed.sh", NPROC="1")
+    assert [line[:3] for line in done.lines[:-1]] == [
+        ["-m", "mini", "build"],
+        ["-m", "mini", "warmup"],
+    ]
+    found = asked(done)
+    assert found["--model"] == "playground/mini/proxy" and "--model-base" not in found
+    assert found["--data"] == "playground/mini/eval/seed_bench"
+    assert found["--out"] == "outputs/eval/proxy/seed"
+    (line,) = done.stderr.splitlines()[1:]  # the first is the setup's
+    assert line.startswith("seed: the small world; MODEL=playground/mini/proxy, ")
+
+
+def test_the_newest_model_that_is_finished(launch, clone):
+    """A LoRA brings the base that it names; a model that is named is asked, and no other."""
+    for age, name in enumerate(["finetune_lora-old", "finetune_lora-new", "ards30"]):
+        (clone / "outputs" / name).mkdir(parents=True)
+        (clone / "outputs" / name / "COMPLETE").touch()
+        os.utime(clone / "outputs" / name / "COMPLETE", (age, age))
+    (clone / "outputs" / "finetune-cut").mkdir()
+    adapter = {"base_model_name_or_path": "mini/base/llama", "r": 16}
+    (clone / "outputs/finetune_lora-new/adapter_config.json").write_text(json.dumps(adapter))
+    done = launch(f"{EVAL_FOLDER}/sqa.sh", NPROC="1")
+    assert [line[:3] for line in done.lines[:-1]] == [["-m", "mini", "build"]]
+    found = asked(done)
+    assert found["--model"] == "outputs/finetune_lora-new"
+    assert found["--model-base"] == "mini/base/llama"
+    found = asked(launch(f"{EVAL_FOLDER}/sqa.sh", NPROC="1", MODEL="outputs/finetune_lora-old"))
+    assert found["--data"] == "playground/mini/eval/scienceqa" and "--model-base" not in found
+
+
+def test_data_without_a_model_is_one_line(launch):
+    done = launch(f"{EVAL_FOLDER}/sqa.sh", DATA="/data/scienceqa")
+    assert done.returncode == 2 and "DATA=/data/scienceqa, but no MODEL" in done.stderr
+    assert done.lines == [] and len(done.stderr.splitlines()[1:]) == 1
+    found = asked(launch(f"{EVAL_FOLDER}/sqa.sh", DATA="playground/mini/eval/other", NPROC="1"))
+    assert found["--data"] == "playground/mini/eval/other"
+
+
+def test_help_of_an_evaluation_runs_nothing(launch):
+    done = launch(f"{EVAL_FOLDER}/gqa_ood.sh", "--help")
+    assert done.returncode == 0 and done.lines == []
+    assert "head 1,733" in done.stdout and "MODEL_BASE=" in done.stdout
+    assert "shellcheck" not in done.stdout and "set -euo" not in done.stdout
