@@ -82,7 +82,7 @@ class Task:
     def submission(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, bytes]:
         """Files in the formats of the benchmark's server or scripts, by name; none if it has none.
 
-        An item without an answer is put in as the owners' own converter puts it in.
+        An item without an answer is put in with an empty one.
         """
         return {}
 

@@ -14,6 +14,7 @@ VQA Expect Them To?"; LLaVA's convert_gqa_for_eval.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,10 @@ class Gqa(Task):
         """See the class. An item without an answer is wrong."""
         return {"accuracy": _accuracy(items, texts)}
 
+    def submission(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, bytes]:
+        """Predictions for GQA's eval.py."""
+        return {"testdev_balanced_predictions.json": _predictions(items, texts)}
+
 
 class GqaOod(Task):
     """Metrics: `original` (GQA's testdev_balanced, when its two files are there), `all`, `head`
@@ -92,10 +97,20 @@ class GqaOod(Task):
         }
         return {split: _accuracy(group, texts) for split, group in members.items() if group}
 
+    def submission(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, bytes]:
+        """Predictions for GQA-OOD's evaluation.py, and so for GQA's eval.py."""
+        return {"ood_testdev_predictions.json": _predictions(items, texts)}
+
 
 def convert(text: str) -> str:
     """An answer as LLaVA hands it to GQA's evaluation."""
     return text.rstrip(".").lower()
+
+
+def _predictions(items: Sequence[Item], texts: Mapping[Id, str]) -> bytes:
+    """As LLaVA's convert_gqa_for_eval writes them."""
+    pairs = [{"questionId": i.id, "prediction": convert(texts.get(i.id, ""))} for i in items]
+    return json.dumps(pairs, ensure_ascii=False).encode()
 
 
 def _accuracy(items: Sequence[Item], texts: Mapping[Id, str]) -> float:

@@ -40,7 +40,10 @@ COPY = 1_000_000
 MAX_FIELD = 2**30
 """longest field in characters; the csv module's own limit, 131,072, is less than a picture"""
 OPTIONS = "ABCD"
+PREDICTION = 6
+"""column of the predictions in a submission, from 0"""
 _COLUMNS = {"index", "question", *OPTIONS, "image"}
+_DROPPED = {"hint", "category", "source", "image", "comment", "l2-category"}
 # pandas 2's missing values; exactly these, for "Na" is an option (sodium).
 _MISSING = {"", "<NA>", "N/A", "n/a", "NA", "NULL", "null", "-NaN", "-nan"}
 _MISSING |= {"#N/A", "#N/A N/A", "#NA", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
@@ -81,6 +84,18 @@ class MmBench(Task):
             "per_row": percent(sum(map(sum, groups.values())), len(items)),
         }
 
+    def submission(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, bytes]:
+        """The server's workbook: the file's columns without pictures and hints, and `prediction`
+        as the seventh, as LLaVA's convert_mmbench_for_submission has it.
+        """
+        from .workbook import workbook  # loading openpyxl takes half a second
+
+        names = list(items[0].extra["row"])
+        names.insert(PREDICTION, "prediction")
+        rows = [item.extra["row"] | {"prediction": texts.get(item.id, "")} for item in items]
+        cells = [[_cell(name, row[name]) for name in names] for row in rows]
+        return {f"{self.name}.xlsx": workbook([names, *cells])}
+
     def _item(self, row: Mapping[str, str], picture: bytes, where: str) -> Item:
         stem = row["question"]
         if not is_none(row.get("hint", "")):
@@ -97,6 +112,7 @@ class MmBench(Task):
             answers=() if letter is None else (letter,),
             images=(picture,),
             group=row.get("category", ""),
+            extra={"row": {key: row[key] for key in row if key not in _DROPPED}},
         )
 
 
@@ -111,6 +127,13 @@ class MmBenchCn(MmBench):
 def is_none(value: str) -> bool:
     """Whether LLaVA takes a field for missing."""
     return value in _MISSING or value.lower() in ("nan", "none")
+
+
+def _cell(column: str, value: str) -> str | int | None:
+    """A field in the workbook: an index is a number, what pandas takes for missing empty."""
+    if column == "index":
+        return int(value)
+    return None if column != "prediction" and value in _MISSING | {"nan", "NaN", "None"} else value
 
 
 def options_of(row: Mapping[str, str]) -> tuple[str, ...]:

@@ -76,6 +76,19 @@ class Mme(Task):
                 sums[kind] = sum(details[name] for name in groups)
         return sums | details
 
+    def submission(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, bytes]:
+        """A file a category for MME's calculation.py, the two questions of a picture together."""
+        pictures = list(dict.fromkeys(item.question_id for item in items))
+        place = {picture: i for i, picture in enumerate(pictures)}
+        files = defaultdict(list)
+        for item in sorted(items, key=lambda item: place[item.question_id]):
+            said = " ".join(texts.get(item.id, "").split())
+            right = item.answers[0].capitalize()
+            files[f"{item.group}.txt"].append(
+                f"{item.extra['file']}\t{item.extra['asked']}\t{right}\t{said}\n"
+            )
+        return {name: "".join(lines).encode() for name, lines in files.items()}
+
     def _item(
         self, row: QuestionRow, release: Path, known: dict[Path, dict[str, str]], where: str
     ) -> Item:
@@ -88,13 +101,14 @@ class Mme(Task):
         source = _answer_file(release / parts[0], parts[-1])
         if source not in known:
             known[source] = _answers(source)
+        asked = _asked(question_in(row.text), known[source], source, where)
         return Item(
             id=self.item_id(row.question_id, row.text),
             prompt=row.text,
-            answers=(_answer(question_in(row.text), known[source], source, where),),
+            answers=(known[source][asked],),
             images=(row.image,),
             group=parts[0],
-            extra={"question_id": row.question_id},
+            extra={"question_id": row.question_id, "asked": asked, "file": source.name},
         )
 
 
@@ -141,10 +155,11 @@ def _answers(path: Path) -> dict[str, str]:
     return answers
 
 
-def _answer(question: str, answers: Mapping[str, str], source: Path, where: str) -> str:
+def _asked(question: str, answers: Mapping[str, str], source: Path, where: str) -> str:
+    """The question as it stands in the text file."""
     for asked in (question, f"{question} {YES_OR_NO}", f"{question}  {YES_OR_NO}"):
         if asked in answers:
-            return answers[asked]
+            return asked
     raise DataError(
         f"{where}: question {question!r} is not in {source}; take both from one release"
     )

@@ -22,6 +22,7 @@ Sources: Lu et al., "Learn to Explain"; the rules are those of LLaVA's eval_scie
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ from .rows import folder_of, question_file, read_json, read_rows
 
 QUESTIONS = "llava_test_CQM-A.json"
 SPLITS = "pid_splits.json"
+UNREAD = "FAILED"
+"""LLaVA's word for an answer that is missing or could not be read"""
 _READ = LETTERS[:5]
 _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 _FILE_NAME = re.compile(r"llava_(\w+)_CQM-A\.json")
@@ -82,6 +85,25 @@ class ScienceQa(Task):
             "image": percent(sum(map(_has_image, right)), sum(map(_has_image, items))),
             "parse_failures": percent(list(letters.values()).count(None), len(items)),
         }
+
+    def submission(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, bytes]:
+        """What LLaVA's eval_science_qa writes as --output-file and --output-result."""
+        rows = [_analysis(item, texts.get(item.id, UNREAD)) for item in items]
+        right = [row["parsed_ans"] == row["ground_truth"] for row in rows]
+        parts = {
+            "correct": [row for row, is_right in zip(rows, right, strict=True) if is_right],
+            "incorrect": [row for row, is_right in zip(rows, right, strict=True) if not is_right],
+        }
+        result = {
+            "acc": percent(sum(right), len(rows)),
+            "correct": sum(right),
+            "count": len(rows),
+            "results": {
+                i.id: _position(r["parsed_ans"], i) for i, r in zip(items, rows, strict=True)
+            },
+            "outputs": {row["question_id"]: row["pred"] for row in rows},
+        }
+        return {"output.jsonl": _indented(parts), "result.json": _indented(result)}
 
     def counted(self, item: Item) -> bool:
         """Only items with a picture: the subset that papers mean by ScienceQA."""
@@ -141,6 +163,27 @@ def _check_split(items: Sequence[Item], path: Path) -> None:
             f"{min(different)!r} is in one only; complete it, or give another file a name of its "
             "own"
         )
+
+
+def _analysis(item: Item, text: str) -> dict:
+    """One question in LLaVA's output file."""
+    return {
+        "question_id": item.id,
+        "parsed_ans": read_letter(text) or UNREAD,
+        "ground_truth": _right_letter(item),
+        "question": "<image>\n" * _has_image(item) + item.prompt,
+        "pred": text,
+        "is_multimodal": _has_image(item),
+    }
+
+
+def _position(letter: str, item: Item) -> int:
+    """The option's number, -1 for a letter that the question does not have."""
+    return LETTERS[: len(item.question.options)].find(letter)
+
+
+def _indented(value: object) -> bytes:
+    return json.dumps(value, indent=2).encode()
 
 
 def _right_letter(item: Item) -> str:

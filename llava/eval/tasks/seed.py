@@ -18,6 +18,7 @@ Sources: Li et al., "SEED-Bench"; the rules are those of LLaVA's convert_seed_fo
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,6 +92,15 @@ class Seed(Task):
         names += [name for name in count if name not in names]
         return {name: percent(right[name], count[name]) for name in names}
 
+    def submission(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, bytes]:
+        """The leaderboard's upload: a line for each question of SEED-Bench.json that was asked."""
+        lines = [
+            json.dumps({"question_id": upload_id, "prediction": texts.get(item.id, "")})
+            for item in items
+            for upload_id in item.extra["upload_ids"]
+        ]
+        return {"answers_upload.jsonl": ("\n".join(lines) + "\n").encode()}
+
 
 def _item(
     row: QuestionRow, entries: Sequence[Annotation], types: Mapping[int, str], where: str
@@ -112,7 +122,8 @@ def _item(
         images=(row.image,),
         group=types[entries[-1].question_type_id],
         extra={
-            "annotations": [(types[e.question_type_id], e.data_type, e.answer) for e in entries]
+            "annotations": [(types[e.question_type_id], e.data_type, e.answer) for e in entries],
+            "upload_ids": [entry.question_id for entry in entries],
         },
     )
 
