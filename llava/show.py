@@ -37,7 +37,7 @@ def show(arguments: argparse.Namespace) -> int:
             continue
         try:
             segments = render(template, record.turns, record.has_image)
-            encoded = tokenize(segments, tokenizer, record.has_image)
+            encoded = tokenize(segments, tokenizer, int(record.has_image))
         except DataError as error:
             worst = max(worst, _report(DataError(f"{where}: {error}")))
             continue

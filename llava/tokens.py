@@ -213,15 +213,16 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not JSON ({error})") from error
 
 
-def tokenize(segments: Sequence[Segment], tokenizer: Tokenizer, has_image: bool) -> Encoded:
+def tokenize(segments: Sequence[Segment], tokenizer: Tokenizer, n_images: int) -> Encoded:
     """Ids and labels of rendered segments, BOS first.
 
-    With an image, the text before and after the placeholder is encoded independently, as LLaVA
-    does, so that each begins with its own space. Raises DataError on more than one placeholder.
+    With images (at most `n_images` placeholders; 0: `<image>` is plain text), the text before,
+    between and after the placeholders is encoded independently, as LLaVA does, so that each piece
+    begins with its own space. Raises DataError on more placeholders.
     """
     text = "".join(segment.text for segment in segments)
-    chunks = text.split(IMAGE_TOKEN) if has_image else [text]
-    if len(chunks) > 2:
+    chunks = text.split(IMAGE_TOKEN) if n_images else [text]
+    if len(chunks) - 1 > n_images:
         raise DataError(
             f"{len(chunks) - 1} turns hold {IMAGE_TOKEN}; a record has one image, "
             "so keep the placeholder in one turn"
@@ -255,4 +256,4 @@ def encode_conversation(
     turns: Sequence[tuple[str, str]], has_image: bool, template: Template, tokenizer: Tokenizer
 ) -> Encoded:
     """Render and tokenise one conversation; DataError where either part refuses it."""
-    return tokenize(render(template, turns, has_image), tokenizer, has_image)
+    return tokenize(render(template, turns, has_image), tokenizer, int(has_image))

@@ -13,19 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PreTrainedModel
 
+from llava.eval.prefix import MAX_TOKENS, PrefixLayer, can_share, common_prefix, run_prefix
 from llava.tokens import IGNORE_INDEX
 
-MAX_TOKENS = 32768
-"""Positions in a batch, those of the prefix counted in every row: bounds a layer's keys."""
 _HEAD_ROWS = 1024  # logits rows at a time
 
 
@@ -162,41 +160,6 @@ def score(run: Run, head: nn.Module) -> Scores:
     return Scores(nll.sum(1), supervised.sum(1), departs)
 
 
-def can_share(model: PreTrainedModel) -> bool:
-    """Whether keys and values of a prefix, and counted positions, are all that later text needs."""
-    text = model.config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    layers = getattr(model.get_decoder(), "layers", [])
-    return "mrope_section" not in rope and all(hasattr(layer, "self_attn") for layer in layers)
-
-
-def common_prefix(ids: Tensor, labels: Tensor, lengths: Sequence[int], config: Any) -> int:
-    """Positions to run once: all that the versions have in common but the last of them, or 0.
-
-    `ids` and `labels` are (B, L). The last common position is left to every version, so that each
-    of its answer tokens is predicted either in the prefix or in its own end, and each end has a
-    last position. 0 if there is nothing to share or an image begins after it.
-    """
-    same = ((ids == ids[0]) & (labels == labels[0])).all(0)[: min(lengths)]
-    n = int(same.cumprod(0).sum()) - 1
-    image = getattr(config, "image_token_id", None)
-    return 0 if n < 1 or image is not None and bool((ids[:, n:] == image).any()) else n
-
-
-class _PrefixLayer(DynamicLayer):
-    """Keys and values of the prefix in one layer, seen by every row and never grown."""
-
-    def __init__(self, layer: DynamicLayer) -> None:
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = layer.keys, layer.values
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        # Joined for this layer's attention only: a batch of copies of the whole cache would be
-        # 8 GB for 24 orders over one image in LLaVA-1.5-7B.
-        return _join(self.keys, keys), _join(self.values, values)
-
-
 class _Pass:
     """The model calls of one `run_together`, over `ids` (R, L)."""
 
@@ -214,11 +177,8 @@ class _Pass:
         if n == 0:
             width = self.model.config.get_text_config().hidden_size
             return torch.zeros(0, width, dtype=self.model.dtype, device=self.ids.device), None
-        cache = DynamicCache()
-        out = self.model.base_model(
-            input_ids=self.ids[:1, :n], past_key_values=cache, use_cache=True, **self.inputs
-        )
-        return out.last_hidden_state[0], Cache([_PrefixLayer(layer) for layer in cache.layers])
+        states, layers = run_prefix(self.model, self.ids[0, :n], self.inputs)
+        return states, Cache([PrefixLayer(layer) for layer in layers])
 
     def ends(self, rows: slice, last: Tensor, cache: Cache, n: int) -> Tensor:
         """States (b, S, H) of `rows` after the first n positions."""
@@ -268,10 +228,6 @@ def _stack(rows: list[Tensor], fill: int) -> Tensor:
 def _tokens(versions: Sequence[Version], device: torch.device) -> dict[str, Tensor]:
     names = versions[0].token_inputs
     return {name: _stack([v.token_inputs[name] for v in versions], 0).to(device) for name in names}
-
-
-def _join(shared: Tensor, own: Tensor) -> Tensor:
-    return torch.cat([shared.expand(len(own), -1, -1, -1), own], dim=-2)
 
 
 def _token_scores(states: Tensor, targets: Tensor, head: nn.Module) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,6 +109,7 @@ class Vlm:
         self.fingerprint = fingerprint
         self.pad_id = pad_id
         self.max_length = max_length
+        self._end_ids = _end_ids(model)
         text = model.config.get_text_config()
         self.hidden_size: int = text.hidden_size
         if text is not self.decoder.config:
@@ -153,6 +155,33 @@ class Vlm:
         """Model inputs of `record`, which is the sample of `item` in other words, same image."""
         return self.prepare(record, image)
 
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the checkpoint's own and what closes a turn in training."""
+        return frozenset(self._end_ids | self._closing_ids())
+
+    def _closing_ids(self) -> set[int]:
+        raise NotImplementedError
+
+    def prompt(self, text: str, images: Sequence[Image] = ()) -> Prepared:
+        """Model inputs of one question, images in front, up to where its answer begins.
+
+        No label is supervised. Never cut: a long question would lose its options.
+        """
+        raise NotImplementedError
+
+    def reprompt(self, item: Prepared, text: str, images: Sequence[Image] = ()) -> Prepared:
+        """`prompt(text, images)`, where `item` is another question about the same images."""
+        return self.prompt(text, images)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids that the model wrote; special tokens are left out."""
+        raise NotImplementedError
+
+    def first_token(self, answer: str) -> int:
+        """The id with which an answer that begins with `answer` begins in training."""
+        raise NotImplementedError
+
     def collate(self, items: Sequence[Prepared], pad_to: int | None = None) -> Batch:
         """Pad to `pad_to` tokens (default: the longest padded length) and move to the device."""
         length = pad_to or max(item.n_tokens for item in items)
@@ -189,6 +218,11 @@ class Vlm:
             )
             row, recorder.row = recorder.row, None
         return ForwardOut(out.last_hidden_state, row)
+
+
+def _end_ids(model: nn.Module) -> set[int]:
+    found = model.generation_config.eos_token_id
+    return set() if found is None else {found} if isinstance(found, int) else set(found)
 
 
 def _minor(version: str) -> str:

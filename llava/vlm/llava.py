@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL.Image import Image
 
-from llava.conversation import get_template
+from llava.conversation import IMAGE_TOKEN, get_template, render
 from llava.data import expand_image
 from llava.errors import DataError
-from llava.tokens import IMAGE_TOKEN_INDEX, Encoded, encode_conversation
+from llava.tokens import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    Encoded,
+    encode_conversation,
+    tokenize,
+)
 from llava.vlm.base import Prepared, Vlm
 
 if TYPE_CHECKING:
@@ -38,8 +46,8 @@ class LlavaVlm(Vlm):
         }
 
     def prepare(self, record: Record, image: Image | None) -> Prepared:
-        if image is not None and self.loaded.image_processor is None:
-            raise DataError("has an image, but the model is a language model without vision")
+        if image is not None:
+            self._check_vision()
         encoded, shown = self._encode(record, image is not None)
         extras = {"pixel_values": self.loaded.image_processor(image)[None]} if shown else {}
         return Prepared(encoded.input_ids, encoded.labels, extras)
@@ -47,6 +55,46 @@ class LlavaVlm(Vlm):
     def rewrite(self, item: Prepared, record: Record, image: Image | None) -> Prepared:
         encoded, shown = self._encode(record, image is not None)
         return Prepared(encoded.input_ids, encoded.labels, item.extras if shown else {})
+
+    def prompt(self, text: str, images: Sequence[Image] = ()) -> Prepared:
+        if images:
+            self._check_vision()
+        pixels = [self.loaded.image_processor(image) for image in images]
+        extras = {"pixel_values": torch.stack(pixels)} if pixels else {}
+        return self._ask(text, len(images), extras)
+
+    def reprompt(self, item: Prepared, text: str, images: Sequence[Image] = ()) -> Prepared:
+        return self._ask(text, len(images), item.extras)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.loaded.tokenizer.decode(ids)
+
+    def first_token(self, answer: str) -> int:
+        turns = [("human", "?"), ("gpt", answer)]
+        labels = encode_conversation(turns, False, self.template, self.loaded.tokenizer).labels
+        return int(labels[labels != IGNORE_INDEX][0])
+
+    def _ask(self, text: str, n_images: int, extras: dict[str, torch.Tensor]) -> Prepared:
+        """The ids of a question: one placeholder an image in front, each on a line of its own."""
+        loaded = self.loaded
+        if n_images:
+            text = f"{IMAGE_TOKEN}\n" * n_images + text.replace(IMAGE_TOKEN, "")
+        segments = render(self.template, [("human", text), ("gpt", "")], has_image=False)
+        ids = tokenize(segments, loaded.tokenizer, n_images).input_ids
+        image = ids == IMAGE_TOKEN_INDEX
+        ids[image] = loaded.image_token_id or 0
+        ids = ids.repeat_interleave(torch.where(image, loaded.n_image_tokens, 1))
+        return Prepared(ids, torch.full_like(ids, IGNORE_INDEX), extras)
+
+    def _closing_ids(self) -> set[int]:
+        # LLaVA stops at </s> alone, so a closing of several tokens (###) ends nothing.
+        tokenizer = self.loaded.tokenizer
+        closing, _ = tokenizer.encode(self.template.gpt.close.strip())
+        return {i for i in (tokenizer.eos_id, *closing[: len(closing) == 1]) if i is not None}
+
+    def _check_vision(self) -> None:
+        if self.loaded.image_processor is None:
+            raise DataError("has an image, but the model is a language model without vision")
 
     def _encode(self, record: Record, has_image: bool) -> tuple[Encoded, bool]:
         """Ids and labels with the image expanded, and whether the image is shown at all.

@@ -52,7 +52,7 @@ class ProcessorVlm(Vlm):
         pad = tokenizer.pad_token_id
         super().__init__(model, fingerprint, 0 if pad is None else pad, min(*limits, NO_LIMIT))
         self.processor = processor
-        processor.image_processor = LastImage(processor.image_processor)
+        processor.image_processor = LastImages(processor.image_processor)
         self.image_token_id: int = model.config.image_token_id
         self.image_token: str = tokenizer.convert_ids_to_tokens(self.image_token_id)
 
@@ -88,20 +88,53 @@ class ProcessorVlm(Vlm):
         turns = [(turn.from_, turn.value) for turn in record.conversations]
         messages, has_image = self._messages(check_turns(turns), image is not None)
         text, spans = render(self.processor, messages)
+        item = self._inputs(text, [image] if has_image else [])
+        supervised = self._supervised(text, spans, item.input_ids)
+        item.labels = torch.where(supervised, item.input_ids, IGNORE_INDEX)
+        return self._cut(item)
+
+    def prompt(self, text: str, images: Sequence[Image] = ()) -> Prepared:
+        content = [{"type": "image"}] * len(images)
+        content.append({"type": "text", "text": text.replace(self.image_token, "")})
+        rendered = self.processor.apply_chat_template(
+            [{"role": ROLES["human"], "content": content}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return self._inputs(rendered, images)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def first_token(self, answer: str) -> int:
+        return self._answer_ids(answer)[0]
+
+    def _closing_ids(self) -> set[int]:
+        tokenizer = self.processor.tokenizer
+        return {self._answer_ids("A")[-1], tokenizer.eos_token_id} & set(tokenizer.all_special_ids)
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        """The supervised ids of an answer, its end of turn included."""
+        messages, _ = self._messages([("human", "?"), ("gpt", answer)], False)
+        text, spans = render(self.processor, messages)
+        ids = self._inputs(text, []).input_ids
+        return ids[self._supervised(text, spans, ids)].tolist()
+
+    def _inputs(self, text: str, images: Sequence[Image]) -> Prepared:
+        """What the processor makes of a rendered conversation and its images; no labels."""
         try:
             inputs = self.processor(
                 text=[text],
-                images=[[image]] if has_image else None,
+                images=[list(images)] if images else None,
                 return_tensors="pt",
                 add_special_tokens=self._adds_special(text),
             )
         except ValueError as error:
             raise DataError(f"the processor refuses it: {error}") from error
-        input_ids = inputs.pop("input_ids")[0]
+        ids = inputs.pop("input_ids")[0]
         inputs.pop("attention_mask", None)
-        labels = torch.where(self._supervised(text, spans, input_ids), input_ids, IGNORE_INDEX)
         token_inputs = {n: inputs.pop(n)[0] for n in list(inputs) if n.endswith("token_type_ids")}
-        return self._cut(Prepared(input_ids, labels, dict(inputs), token_inputs))
+        return Prepared(ids, torch.full_like(ids, IGNORE_INDEX), dict(inputs), token_inputs)
 
     def _messages(
         self, turns: Sequence[tuple[str, str]], has_image: bool
@@ -164,16 +197,16 @@ class ProcessorVlm(Vlm):
         return Prepared(item.input_ids[cut], item.labels[cut], item.extras, tokens)
 
 
-class LastImage:
-    """An image processor that keeps what it made of the last image.
+class LastImages:
+    """An image processor that keeps what it made of the last images.
 
-    A sample is prepared once for every order of its options, and its image costs the processor
+    A sample is prepared once for every order of its options, and its images cost the processor
     many times what the text costs.
     """
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-        self._image: Image | None = None
+        self._images: list[Image] = []
         self._made: Any = None
 
     def __getattr__(self, name: str) -> Any:
@@ -182,13 +215,18 @@ class LastImage:
         return getattr(self._processor, name)
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
-        image = images
-        while isinstance(image, (list, tuple)):  # a batch of samples' images: one sample, one image
-            (image,) = image
-        if image is not self._image:
+        shown = _flat(images)
+        if list(map(id, shown)) != list(map(id, self._images)):
             self._made = self._processor(images, *args, **kwargs)
-            self._image = image
+            self._images = shown
         return copy.copy(self._made)  # processors take out what the model does not need
+
+
+def _flat(images: Any) -> list[Image]:
+    """The images of a batch of one sample, however the processor nests them."""
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [image for part in images for image in _flat(part)]
 
 
 def load_processor(path: Path) -> Any:

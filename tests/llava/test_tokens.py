@@ -176,11 +176,11 @@ def test_plain_supervises_all_after_the_image(tiny: Tokenizer) -> None:
 
 def test_segments_only_decide_labels(tiny: Tokenizer) -> None:
     text = "a  bus\n🙂中 USER: red</s>USER: no"
-    whole = tokenize([Segment(text, True)], tiny, False)
+    whole = tokenize([Segment(text, True)], tiny, 0)
     assert positions(whole) == list(range(1, len(whole.input_ids)))
     for cut in range(len(text) + 1):
-        before = tokenize([Segment(text[:cut], True), Segment(text[cut:], False)], tiny, False)
-        after = tokenize([Segment(text[:cut], False), Segment(text[cut:], True)], tiny, False)
+        before = tokenize([Segment(text[:cut], True), Segment(text[cut:], 0)], tiny, False)
+        after = tokenize([Segment(text[:cut], 0), Segment(text[cut:], True)], tiny, False)
         assert torch.equal(before.input_ids, whole.input_ids)
         assert set(positions(before)) | set(positions(after)) == set(positions(whole))
         # A token that stands for characters on both sides is supervised both times.
@@ -283,7 +283,7 @@ def test_tokenizer_json_with_bos_from_its_own_template(tmp_path: Path) -> None:
     )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
-    encoded = tokenize([Segment("red red", True)], loaded, False)
+    encoded = tokenize([Segment("red red", True)], loaded, 0)
     assert encoded.input_ids.tolist() == [0, 2, 2]
     assert (loaded.bos_id, loaded.eos_id, loaded.vocab_size) == (0, 1, 4)
 
