@@ -93,8 +93,13 @@ def sweep(folder: Path) -> None:
     Call it when the work in `folder` is complete: nothing that is still needed is temporary then.
     """
     for path in folder.iterdir():
-        if _TEMP.search(path.name):
+        if is_temporary(path):
             remove(path)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `path` is a file that is still being written, or was when its writer was killed."""
+    return _TEMP.search(path.name) is not None
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -48,6 +48,23 @@ class Parser(ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         near = difflib.get_close_matches(flag, known, n=1)
         return f"{flag}: no such flag{f' (did you mean {near[0]}?)' if near else ''}"
+
+
+def read_flags(prog: str, about: str, argv: list[str], *groups: type) -> list:
+    """`argv` as filled settings, one instance of each dataclass of `groups`.
+
+    Raises UsageError for a flag that does not exist and for a value that cannot be.
+    """
+    parser = Parser(prog=prog, description=about)
+    for group in groups:
+        parser.add_class_arguments(group, as_group=True)
+    flat = parser.parse_args(normalised(argv, groups)).as_dict()
+    return [_filled(group, flat) for group in groups]
+
+
+def _filled(group: type, flat: dict) -> Any:
+    values = {field.name: flat[field.name] for field in dataclasses.fields(group)}
+    return group(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def normalised(argv: list[str], groups: tuple[type, ...]) -> list[str]:

@@ -7,6 +7,7 @@ picks by itself where torchvision is installed, differs by up to one step in 255
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -111,6 +112,14 @@ def check_image(
 ) -> None:
     """Raise BadImage as `open_image` does, but read the header alone: damage behind it stays."""
     _read(root, ref, max_pixels, extra_roots, decode=False)
+
+
+def decode_image(data: bytes, name: str, max_pixels: float = MAX_PIXELS) -> Image.Image:
+    """Encoded bytes, of a table or an archive, as `open_image` reads a file; `name` is for errors.
+
+    Raises BadImage as `open_image` does for what is in a file.
+    """
+    return _decode(io.BytesIO(data), name, max_pixels, decode=True)
 
 
 def _read(

@@ -17,7 +17,8 @@ def claim_folder(wanted: tuple[Path, bool], identity: Mapping[str, Any]) -> tupl
     """The run folder for `identity`, and whether the run in it is finished.
 
     `wanted` is the folder and whether a new one beside it may be taken if it holds another run;
-    otherwise UsageError lists what differs. A folder is claimed by its `run.json`.
+    otherwise UsageError lists what differs. A folder is claimed by its `run.json`; processes of one
+    run may claim it at the same time.
     """
     folder, force_new = wanted
     identity = msgspec.to_builtins(identity)
@@ -54,7 +55,7 @@ def _held_by(out: Path) -> dict[str, Any] | None:
             return json.loads(claim.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {"run.json": "unreadable"}
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and not all(files.is_temporary(path) for path in out.iterdir()):
         return {}
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file")

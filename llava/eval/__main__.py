@@ -1,62 +1,99 @@
-"""`python -m llava.eval`: what answers to a benchmark are worth."""
+"""`python -m llava.eval`: how right a model is, and how right under attack.
+
+run       ask a model a benchmark's questions: every order of the options, letters and other symbols
+score     compute a benchmark's published numbers from an answer file alone
+attack    compute every number under attack from a run, or compare two runs
+
+Each takes --help. docs/Evaluation.md lists the benchmarks, their files, what each number means and
+the exit codes.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from llava.errors import DataError, run_main
+from llava.errors import DataError, UsageError, run_main
+from llava.flags import read_flags
 
 from .answers import Answers, Matched, match, read_answers
-from .tasks import find_task, task_names
+from .tasks import find_task
 
-EXAMPLES = """\
-examples:
-  python -m llava.eval score --benchmark sqa --data playground/data/eval/scienceqa \\
-      --answers playground/data/eval/scienceqa/answers/llava-v1.5-13b.jsonl
-
-docs/Evaluation.md lists the benchmarks, their files and what each number means.
-Exit codes: 0 scored, 2 a file or a name is wrong, 65 a record cannot be used or items have no
-answer.
-"""
+VERBS = ("run", "score", "attack")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    root = argparse.ArgumentParser(
-        prog="python -m llava.eval",
-        description="Say what answers to a benchmark are worth.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verbs = root.add_subparsers(dest="verb", required=True, metavar="{score}")
-    about = "compute a benchmark's numbers from an answer file alone"
-    score = verbs.add_parser("score", help=about, description=about)
-    score.add_argument("--benchmark", required=True, help=f"one of {', '.join(task_names())}")
-    score.add_argument("--data", required=True, type=Path, help="its folder, or its question file")
-    score.add_argument("--answers", required=True, type=Path, help="JSON lines, as LLaVA writes")
-    score.add_argument("--json", action="store_true", help="print one JSON object: name to number")
-    score.add_argument(
-        "--allow-missing",
-        action="store_true",
-        help="score although items have no answer: by the rule of the benchmark's own script, "
-        "which mostly is that they are wrong (default: exit 65)",
-    )
-    return root
+@dataclass(frozen=True)
+class ScoreSettings:
+    """What is scored."""
+
+    benchmark: str
+    """name of the benchmark, such as sqa; docs/Evaluation.md lists them"""
+    data: str
+    """its folder, or its question file"""
+    answers: str
+    """JSON lines, as LLaVA writes them"""
+    json: bool = False
+    """print one JSON object: name to number"""
+    allow_missing: bool = False
+    """score although items have no answer: by the rule of the benchmark's own script, which mostly
+    is that they are wrong (otherwise: exit 65)"""
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """Which run, and how it is read."""
+
+    run: str
+    """run folder, or its attacks.jsonl"""
+    reading: Literal["exact", "parse", "logit"] = "exact"
+    """exact: the bare symbol; parse: also "B. ..." and "The answer is B."; logit: the likeliest"""
+    against: str | None = None
+    """another run over the same items: its numbers minus this one's, each with a paired test"""
+    json: bool = False
+    """print one JSON object"""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one verb; UserError is left to `run_main`."""
-    arguments = parser().parse_args(argv)
-    task = find_task(arguments.benchmark)
-    items = task.read(arguments.data)
-    answers = read_answers(arguments.answers, task)
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return
+    verb, *rest = argv
+    if verb not in VERBS:
+        raise UsageError(f"{verb!r} is not a verb; choose one of {', '.join(VERBS)}")
+    globals()[f"run_{verb}"](rest)
+
+
+def run_run(argv: list[str]) -> None:
+    """Ask what is missing and print the numbers; of several processes the first prints."""
+    from .report import report
+    from .run import Evaluation, RunSettings, place_in_launch
+
+    about = "Ask a model a benchmark's questions, as they are and under attack."
+    (settings,) = read_flags("python -m llava.eval run", about, argv, RunSettings)
+    rank, world_size = place_in_launch()
+    out = Evaluation(settings, rank, world_size).execute()
+    if rank == 0:
+        print(report(json.loads((out / "summary.json").read_bytes()), out=out))
+
+
+def run_score(argv: list[str]) -> None:
+    """Print the published numbers of an answer file."""
+    from .report import number_lines
+
+    about = "Compute a benchmark's numbers from an answer file alone."
+    (settings,) = read_flags("python -m llava.eval score", about, argv, ScoreSettings)
+    task = find_task(settings.benchmark)
+    items = task.read(Path(settings.data))
+    answers = read_answers(settings.answers, task)
     matched = match(answers, items)
-    if matched.missing and not arguments.allow_missing:
+    if matched.missing and not settings.allow_missing:
         raise DataError(
             f"{answers.path}: of {len(items)} items, without an answer: {_some(matched.missing)}; "
             "finish the run, or score them by the benchmark's own rule with --allow-missing"
@@ -64,7 +101,32 @@ def main(argv: list[str] | None = None) -> None:
     for note in _notes(answers, matched, len(items)):
         print(f"note: {answers.path}: {note}", file=sys.stderr)
     numbers = task.score(items, matched.texts)
-    print(json.dumps(numbers) if arguments.json else _table(numbers))
+    print(json.dumps(numbers) if settings.json else number_lines(numbers))
+
+
+def run_attack(argv: list[str]) -> None:
+    """Print every number under attack, or how another run differs."""
+    from .attacked import collect, compare, summarise
+    from .records import ATTACKS, read_attacks
+    from .report import comparison, report
+
+    if argv and not argv[0].startswith("-"):
+        argv = ["--run", *argv]
+    about = "Compute the numbers under attack: python -m llava.eval attack RUN_OR_FILE"
+    (settings,) = read_flags("python -m llava.eval attack", about, argv, AttackSettings)
+
+    def replies(name: str):
+        path = Path(name) / ATTACKS if Path(name).is_dir() else Path(name)
+        return collect(*read_attacks(path), path)
+
+    first = replies(settings.run)
+    if settings.against is None:
+        found = summarise(first)
+        shown = report(found, settings.reading)
+    else:
+        found = compare(first, replies(settings.against), settings.reading)
+        shown = comparison(found)
+    print(json.dumps(found) if settings.json else shown)
 
 
 def _notes(answers: Answers, matched: Matched, n_items: int) -> list[str]:
@@ -79,12 +141,6 @@ def _notes(answers: Answers, matched: Matched, n_items: int) -> list[str]:
 
 def _some(ids: Sequence[int | str]) -> str:
     return f"{len(ids)} (the first is {ids[0]!r})"
-
-
-def _table(numbers: dict[str, float]) -> str:
-    """One line a metric, with two decimals."""
-    width = max(map(len, numbers))
-    return "\n".join(f"{name:<{width}}  {value:6.2f}" for name, value in numbers.items())
 
 
 if __name__ == "__main__":
