@@ -6,6 +6,7 @@
 #   bash selection.sh random --budget 0.1               another method, any flag of `python -m selection select METHOD --help`
 #   bash selection.sh --pool llava_v1_5_mix665k.json --images playground/data --model checkpoints/llava-7b-warmup \
 #     --model-base lmsys/vicuna-7b-v1.5 --budget 0.3 --out outputs/ards30        LLaVA-665K on every GPU of this node
+#   bash selection.sh mllm_selector --pool ...          without --model: first fine-tunes its seed model (MODEL= the base)
 #
 # NPROC=2     processes (default: one a GPU, else one); several nodes: scripts/slurm/selection.sbatch
 # PYTHON=...  use this interpreter instead of making .venv
@@ -17,10 +18,11 @@ export TOKENIZERS_PARALLELISM=false
 # The default pool is built, and its proxy warmed up, unless the caller names a pool or only asks for help.
 method=(ards)
 case "${1:-}" in "" | -*) ;; *) method=("$1"); shift ;; esac
-small_world=1 report=1 out='' previous=''
+small_world=1 report=1 warmup=1 out='' previous=''
 for argument in "$@"; do
   case "$argument" in
     --pool | --pool=* | --config | --config=* | --help | -h | --print_config*) small_world='' report='' ;;&
+    --model | --model=* | --config | --config=* | --help | -h | --print_config*) warmup='' ;;&
     --config | --config=*) if [ "${method[0]}" = ards ]; then method=(); fi ;; # the file names it
     --dry[-_]run*) report= ;;
     --out=*) out=${argument#--out=} ;;
@@ -35,6 +37,13 @@ if [ -n "$small_world" ]; then
   "$PYTHON" -m mini warmup --data "$world" --out "$world/proxy"
   defaults=(--pool "$world/pool.json" --images "$world/images" --model "$world/proxy" --budget 0.3)
   if [ -f "mini/${method[0]}.yaml" ]; then defaults=(--config "mini/${method[0]}.yaml" "${defaults[@]}"); fi
+fi
+# MLLM-Selector's proxy has learnt its seed set.
+if [ -n "$warmup" ] && [ "${method[0]:-}" = mllm_selector ]; then
+  source scripts/warmup.sh
+  share=$(value_of --n_seed "$@") draw=$(value_of --seed_draw "$@")
+  warm_up "${share:-0.03}" "${draw:-0}" "${defaults[@]}" "$@"
+  defaults+=("${proxy[@]}")
 fi
 
 nproc=${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}

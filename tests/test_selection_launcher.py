@@ -21,6 +21,9 @@ def select(tmp_path):
     clone, python, record = tmp_path / "clone", tmp_path / "python", tmp_path / "record"
     (clone / "mini").mkdir(parents=True)
     shutil.copytree(ROOT / "scripts", clone / "scripts")
+    (clone / "finetune_lora.sh").write_text(
+        f'echo "finetune_lora.sh ${{MODEL:-no MODEL}} $IMAGES $DATA $OUTPUT" >>"{record}"\n'
+    )
     for name in ("selection.sh", "constraints.txt", "pyproject.toml", "mini/ards.yaml"):
         shutil.copy(ROOT / name, clone / name)
     python.write_text(
@@ -92,6 +95,43 @@ def test_flags_come_last_and_the_report_is_of_that_run(select, flags, selects, r
 )
 def test_a_pool_a_file_or_help_builds_no_small_world(select, flags, selects):
     assert select(*flags) == [f"selection select {selects}"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "draw", "name"),
+    [
+        ([], "--budget 0.03 --seed 0", "d-0.03-0"),
+        (["--n_seed=100", "--seed_draw", "4"], "--budget 100 --seed 4", "d-100-4"),
+        (["--limit", "50"], "--limit 50 --budget 0.03 --seed 0", "d-50-0.03-0"),
+    ],
+)
+def test_mllm_selector_fine_tunes_its_seed_model_first(select, flags, draw, name):
+    named = ["--pool", "d/pool.json", "--images", "i", *flags]
+    out = f"outputs/warmup-{name}"
+    before, _, after = draw.partition("--budget")
+    model = f"--model {out}/model --model-base m"
+    assert select("mllm_selector", *named, MODEL="m") == [
+        f"selection select random --pool d/pool.json --images i {before}--budget{after} "
+        f"--out {out}/samples",
+        f"finetune_lora.sh m i {out}/samples/subset.json {out}/model",
+        f"selection select mllm_selector {model} {' '.join(named)}",
+    ]
+
+
+def test_mllm_selectors_seed_model_on_the_small_world(select):
+    lines = select("mllm_selector", MODEL="mini/base/llama")
+    model = "outputs/warmup-mini-0.03-0/model"
+    assert lines[3:] == [
+        f"finetune_lora.sh mini/base/llama {WORLD}/images "
+        f"outputs/warmup-mini-0.03-0/samples/subset.json {model}",
+        f"selection select mllm_selector {SMALL} --model {model} --model-base mini/base/llama",
+        "mini report",
+    ]
+
+
+@pytest.mark.parametrize("flags", [["--model", "m"], ["--model=m"], ["--config", "c"], ["-h"]])
+def test_a_given_seed_model_or_a_file_trains_nothing(select, flags):
+    assert not any("finetune" in line for line in select("mllm_selector", "--pool", "p", *flags))
 
 
 def test_one_process_a_gpu_and_what_torchrun_is_told(select):

@@ -24,21 +24,10 @@ case " $* " in *" --help "* | *" -h "*)
 esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/setup.sh
+source scripts/flags.sh
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} SIZE=${SIZE:-13b}
 small=()
 source scripts/v1_5/small_world.sh
-
-# The last value of flag $1 among the words that follow; nothing if it is not there.
-value_of() {
-  local flag=$1 value='' previous='' word
-  shift
-  for word in "$@"; do
-    if [ "$previous" = "$flag" ]; then value=$word; fi
-    case "$word" in "$flag="*) value=${word#*=} ;; esac
-    previous=$word
-  done
-  echo "$value"
-}
 
 # Sets `batch`, the flags with which `processes` take GLOBAL_BATCH samples a step.
 share_batch() {

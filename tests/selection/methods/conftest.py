@@ -25,13 +25,15 @@ WORDINGS = {
 
 @dataclass
 class World:
-    """Pool and signals; `forward` and `perturbed` hold arrays (N, ...) by pool row."""
+    """Pool and signals; `forward` and `perturbed` hold arrays (N, ...) by pool row, `others` those
+    of further signals by their names."""
 
     folder: Path
     pool: Pool
     formats: np.ndarray
     forward: dict[str, np.ndarray]
     perturbed: dict[str, np.ndarray]
+    others: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     bad: list[int] = field(default_factory=list)
     requested: list[np.ndarray] = field(default_factory=list)
 
@@ -48,8 +50,10 @@ class World:
 
     def context(self, block_size: int = 16) -> Context:
         rows = np.arange(len(self.pool))
+        signals = {"forward": self.forward, **self.others}
         return Context(
-            self.pool, {"forward": self.store("forward", self.forward, rows, block_size)}
+            self.pool,
+            {name: self.store(name, arrays, rows, block_size) for name, arrays in signals.items()},
         )
 
     def run(self, method, seed: int = 0, block_size: int = 16):
@@ -74,6 +78,10 @@ class World:
             self.formats[order],
             {key: a[order] for key, a in self.forward.items()},
             {key: a[order] for key, a in self.perturbed.items()},
+            {
+                name: {key: a[order] for key, a in arrays.items()}
+                for name, arrays in self.others.items()
+            },
             [int(np.flatnonzero(order == row)[0]) for row in self.bad],
         )
 
@@ -105,9 +113,33 @@ def make_world(folder: Path, n: int = 150, seed: int = 0, formats=tuple(WORDINGS
         "last_state": rng.normal(size=(n, H)).astype(np.float16),
         "attention_state": rng.normal(size=(n, H)).astype(np.float16),
     }
-    scalars = {"nll_mean": rng.exponential(size=n).astype(np.float32)}
+    scalars = {
+        "nll_mean": rng.exponential(size=n).astype(np.float32),
+        "nll_sum": rng.exponential(8.0, size=n).astype(np.float32),
+    }
     pool = Pool.open(folder / "pool.json")
-    return World(folder, pool, kinds, {**vectors, **scalars}, attack)
+    more, others = make_more(np.random.default_rng([seed, 1]), centre)
+    return World(folder, pool, kinds, {**vectors, **scalars, **more}, attack, others)
+
+
+def make_more(rng: np.random.Generator, centre: np.ndarray) -> tuple[dict, dict]:
+    """Further columns of the forward signals, and further signals; `centre` (N, H)."""
+    n = len(centre)
+    forward = {
+        "el2n": rng.uniform(0, 1.4, n).astype(np.float32),
+        "aum": rng.uniform(-1, 1, n).astype(np.float32),
+        "n_tokens": rng.integers(1, 400, n).astype(np.int32),
+    }
+
+    def around(width: int) -> np.ndarray:
+        vectors = np.tile(centre, width // H) + rng.normal(size=(n, width))
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+    others = {
+        "blocks": {"vision": around(2 * H), "language": around(2 * H)},
+        "holdout": {"nll_mean": rng.exponential(size=n).astype(np.float32)},
+    }
+    return forward, others
 
 
 @pytest.fixture
