@@ -140,7 +140,7 @@ def _question(text: str, where: str) -> Question:
     question = parse_question(text)
     if question is None:
         raise DataError(
-            f"{where}: no options as lines 'A. ...', 'B. ...'; take LLaVA's {QUESTIONS}, not what "
+            f"{where}: no options as lines 'A. ...', 'B. ...' (two to ten); take LLaVA's {QUESTIONS}, not what "
             "convert_sqa_to_llava writes ('Options: (A) ...'), which costs about 20 points"
         )
     if question.suffix is None:

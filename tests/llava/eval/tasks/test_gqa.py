@@ -116,3 +116,22 @@ def test_duplicated_question(folder):
     path.write_text(path.read_text() + path.read_text())
     with pytest.raises(DataError, match="row 4: id '11' is there twice"):
         find_task("gqa").read(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("gqa", "testdev_balanced_predictions.json"),
+        ("gqa_ood", "ood_testdev_predictions.json"),
+    ],
+)
+def test_submission(folder, name, file):
+    task = find_task(name)
+    files = task.submission(task.read(folder), {"11": "Yes.", "13": "red"})
+    assert list(files) == [file]
+    assert json.loads(files[file]) == [
+        {"questionId": "11", "prediction": "yes"},
+        {"questionId": "12", "prediction": ""},
+        {"questionId": "13", "prediction": "red"},
+        {"questionId": "14", "prediction": ""},
+    ]

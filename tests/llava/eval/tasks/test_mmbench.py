@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 from pathlib import Path
 
 import pytest
+from openpyxl import load_workbook
 
 from llava.errors import DataError, UsageError
 from llava.eval.tasks import find_task
@@ -153,3 +155,18 @@ def test_the_small_worlds_file(name):
     assert find_task(name).score(items, right) == {"circular": 100, "per_row": 100}
     groups = {i.id % 1_000_000: i.question.options[i.gold] for i in items}
     assert all(i.question.options[i.gold] == groups[i.id % 1_000_000] for i in items)
+
+
+@pytest.mark.parametrize("name", ["mmbench", "mmbench_cn"])
+def test_submission(read, name):
+    """LLaVA's columns in LLaVA's order; a missing field is an empty cell."""
+    columns = "index question hint A B C D answer category image source l2-category comment split"
+    rows = [row(1) | {"split": "dev"}, row(1_000_002, "xy", "B", hint="h") | {"split": "dev"}]
+    items = read(rows, columns.split(), name)
+    content = find_task(name).submission(items, {1: "=A", 7: "B"})[f"{name}.xlsx"]
+    sheet = load_workbook(io.BytesIO(content)).active
+    assert [[cell.value for cell in line] for line in sheet.rows] == [
+        ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"],
+        [1, "Which?", "w", "x", "y", "z", "=A", "A", "dev"],
+        [1_000_002, "Which?", "x", "y", None, None, None, "B", "dev"],
+    ]

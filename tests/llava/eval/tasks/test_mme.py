@@ -143,3 +143,21 @@ def test_bad_questions(folder):
         path.write_text(rows[0].replace("count/1.jpg", wrong))
         with pytest.raises(DataError, match="row 0: question_id .* give MME's llava_mme.jsonl"):
             task.read(folder)
+
+
+def test_submission_keeps_pairs_together(folder):
+    """Lines of the official script: file, its question, its answer, what was said."""
+    task = find_task("mme")
+    items = task.read(folder)
+    shuffled = [items[i] for i in (0, 2, 4, 6, 1, 3, 5, 7)]
+    texts = {item.id: "Yes,\tit\nis." for item in items[:7]}
+    files = task.submission(shuffled, texts)
+    assert sorted(files) == ["artwork.txt", "code_reasoning.txt", "count.txt"]
+    assert files["count.txt"].decode().splitlines() == [
+        "1.txt\tOne cat? Please answer yes or no.\tYes\tYes, it is.",
+        "1.txt\tTwo cats?  Please answer yes or no.\tNo\tYes, it is.",
+        "2.txt\tOne dog? Please answer yes or no.\tYes\tYes, it is.",
+        "2.txt\tTwo dogs?  Please answer yes or no.\tNo\tYes, it is.",
+    ]
+    assert files["code_reasoning.txt"].endswith(b"Prints 2?  Please answer yes or no.\tNo\t\n")
+    assert files["artwork.txt"].startswith(b"3.txt\tBy Goya?")

@@ -107,7 +107,7 @@ def test_metrics(read):
                     ],
                 }
             ],
-            "row 0: no options as lines 'A. ...', 'B. ...'; take LLaVA's",
+            "row 0: no options as lines 'A. ...', 'B. ...' (two to ten); take LLaVA's",
         ),
         ([{"id": "1", "conversations": []}], "row 0: 0 turns, but"),
         ([{"question_id": 1, "text": "?"}], "row 0: "),
@@ -128,3 +128,31 @@ def test_the_split_must_be_whole(read):
 def test_no_file(tmp_path):
     with pytest.raises(UsageError, match="llava_test_CQM-A.json: No such file"):
         find_task("sqa").read(tmp_path)
+
+
+def test_submission_is_what_llavas_script_writes(read):
+    task = find_task("sqa")
+    items = read(
+        [record("1", "xy", "B", image=True), record("2", "xyz", "A"), record("3", "xy", "A")]
+    )
+    files = task.submission(items, {"1": "B. y", "2": "The answer is Z."})
+    assert json.loads(files["result.json"]) == {
+        "acc": pytest.approx(100 / 3),
+        "correct": 1,
+        "count": 3,
+        "results": {"1": 1, "2": -1, "3": -1},
+        "outputs": {"1": "B. y", "2": "The answer is Z.", "3": "FAILED"},
+    }
+    output = json.loads(files["output.jsonl"])
+    assert output["correct"] == [
+        {
+            "question_id": "1",
+            "parsed_ans": "B",
+            "ground_truth": "B",
+            "question": "<image>\nWhich?\nA. x\nB. y" + SUFFIX,
+            "pred": "B. y",
+            "is_multimodal": True,
+        }
+    ]
+    assert [row["parsed_ans"] for row in output["incorrect"]] == ["Z", "FAILED"]
+    assert output["incorrect"][0]["question"] == "Which?\nA. x\nB. y\nC. z" + SUFFIX

@@ -97,3 +97,16 @@ def test_no_annotations(tmp_path):
     (tmp_path / "llava-seed-bench.jsonl").write_text(json.dumps(row(1)) + "\n")
     with pytest.raises(UsageError, match="SEED-Bench.json: No such file"):
         find_task("seed").read(tmp_path)
+
+
+def test_submission(read):
+    """Ids as in SEED-Bench.json; of the one that is there twice, two lines."""
+    items = read(
+        [row(5), row("v0"), row(5)], [entry("5"), entry("v0", data_type="video"), entry("5")]
+    )
+    content = find_task("seed").submission(items, {5: "A"})["answers_upload.jsonl"]
+    assert [json.loads(line) for line in content.splitlines()] == [
+        {"question_id": "5", "prediction": "A"},
+        {"question_id": "5", "prediction": "A"},
+        {"question_id": "v0", "prediction": ""},
+    ]
