@@ -140,8 +140,9 @@ def _question(text: str, where: str) -> Question:
     question = parse_question(text)
     if question is None:
         raise DataError(
-            f"{where}: no options as lines 'A. ...', 'B. ...' (two to ten); take LLaVA's {QUESTIONS}, not what "
-            "convert_sqa_to_llava writes ('Options: (A) ...'), which costs about 20 points"
+            f"{where}: no options as lines 'A. ...', 'B. ...' (two to ten); take LLaVA's "
+            f"{QUESTIONS}, not what convert_sqa_to_llava writes ('Options: (A) ...'), which costs "
+            "about 20 points"
         )
     if question.suffix is None:
         question = dataclasses.replace(question, suffix=LETTER)

@@ -108,7 +108,8 @@ def _item(
     question = parse_question(row.text)
     if question is None:
         raise DataError(
-            f"{where}: no options as lines 'A. ...', 'B. ...' (two to ten); take LLaVA's {QUESTIONS}"
+            f"{where}: no options as lines 'A. ...', 'B. ...' (two to ten); take LLaVA's "
+            f"{QUESTIONS}"
         )
     unknown = [e.question_type_id for e in entries if e.question_type_id not in types]
     if unknown:
