@@ -69,8 +69,9 @@ def run_extract(argv: list[str]) -> None:
     """Compute what is missing of the forward signals and say where they are."""
     from selection.ranks import Ranks
 
+    from .methods.base import Request
     from .pool import Pool
-    from .run import extract_signal, print_plan
+    from .run import extract_signal, open_proxy, print_cost
     from .settings import PlanSettings, PoolSettings, ProxySettings, parse_plain
     from .signals.forward import Forward
 
@@ -80,7 +81,8 @@ def run_extract(argv: list[str]) -> None:
     pool = Pool.open(where.pool, where.limit)
     rows = np.arange(len(pool))
     if planning.dry_run:
-        print_plan(pool, {"forward": Forward()}, where, proxy)
+        request = Request(Forward(), rows)
+        print_cost("forward", request, pool, where, proxy, open_proxy(proxy))
         return
     ranks = Ranks()
     reader = extract_signal(Forward(), rows, pool, where, proxy, ranks)
@@ -99,16 +101,14 @@ def run_select(argv: list[str]) -> None:
         return
     from selection.ranks import Ranks
 
-    from .run import Selection, print_plan
+    from .run import Selection
     from .settings import parse_select
 
     run = parse_select(argv)
     selection = Selection(run, Ranks())
     if run.dry_run:
         if selection.ranks.rank == 0:
-            print(f"{run.method.name}: {selection.k} of {len(selection.pool)} samples")
-            method, pool = run.method, selection.pool
-            print_plan(pool, method.signals(), run.pool, run.proxy, method.foreseen(pool))
+            selection.print_plan()
         return
     selection.execute()
 

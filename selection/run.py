@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llava.errors import UsageError
+from llava.model.checkpoint import fingerprint
 from llava.runs import claim_folder
 from llava.vlm import load_vlm, pick_device
 from llava.vlm.base import Vlm
@@ -20,13 +22,13 @@ from selection.ranks import Ranks
 from . import export
 from .budget import budget_size
 from .extract import check_images, extract
-from .methods.base import Context, Request
+from .methods.base import Context, Request, Task
 from .plan import plan
 from .pool import Pool
 from .settings import PoolSettings, ProxySettings, Run, dump
-from .signals.base import Signal
 from .store import StoreReader
 from .summary import print_summary
+from .targets import Target, read_targets, title_of
 
 SCHEMA = 1
 """Raised when the code chooses other samples for the same settings."""
@@ -39,8 +41,10 @@ class Selection:
         self.run, self.ranks = run, ranks
         self.times: dict[str, float] = {}
         self.readers: dict[str, StoreReader] = {}
+        self._other: tuple[ProxySettings, Vlm] | None = None
         with self._timed("open pool"):
             self.pool = Pool.open(run.pool.pool, run.pool.limit)
+            self.targets = read_targets(run.targets) if run.targets else ()
         self.k = budget_size(run.select.budget, len(self.pool), run.select.rounding)
 
     @cached_property
@@ -55,30 +59,58 @@ class Selection:
         rows = np.arange(len(self.pool))
         if signals:
             check_images(self.pool, rows, self.run.pool.images)
-        identity = self._identity(self.proxy.identity() if signals else None)
+        identity = self._identity(signals)
         out, finished = self.ranks.from_first(lambda: claim_folder(self._wanted_folder(), identity))
         if finished:
             if self.ranks.is_first:
                 print(f"{out} already holds this run")
                 print_summary(out)
             return out
-        self._read({name: Request(signal, rows) for name, signal in signals.items()})
+        of_targets: dict[str, tuple[tuple[StoreReader, ...], ...]] = {}
+        for name, signal in signals.items():
+            self._read({name: Request(signal, rows)})
+            if name in self.run.method.target_signals():
+                of_targets[name] = self._read_targets(name)
         if self.ranks.is_first:
-            self._decide(out)
+            self._decide(out, self._tasks(of_targets))
             self.ranks.share(None)
         else:
             while (requests := self.ranks.share(None)) is not None:
                 self._read(requests)
         return out
 
-    def _decide(self, out: Path) -> None:
+    def print_plan(self) -> None:
+        """What this run would take; computes a few samples to know."""
+        method, rows = self.run.method, np.arange(len(self.pool))
+        print(f"{method.name}: {self.k} of {len(self.pool)} samples")
+        if not method.signals():
+            print("no signal to compute: a second or two")
+        for name, signal in method.signals().items():
+            self._print_cost(name, name, Request(signal, rows), self.pool, self.run.pool)
+            for target in self.targets if name in method.target_signals() else ():
+                request, where = method.target_signals()[name], self._where(target)
+                for subtask in target.subtasks:
+                    title = f"{name} of {title_of(target.name, subtask.name)}"
+                    self._print_cost(
+                        title, name, Request(request, subtask.rows), subtask.pool, where
+                    )
+        for name, request in method.foreseen(self.pool).items():
+            self._print_cost(name, name, request, self.pool, self.run.pool, True)
+
+    def _print_cost(self, title, name, request, pool, where, at_most=False) -> None:
+        print_cost(title, request, pool, where, self.run.proxy, self._model(name), at_most)
+
+    def _where(self, target: Target) -> PoolSettings:
+        return replace(self.run.pool, images=target.images)
+
+    def _decide(self, out: Path, tasks: tuple[Task, ...]) -> None:
         """Rank 0: score, choose, write. The other ranks wait for requests meanwhile."""
         method, seed = self.run.method, self.run.select.seed
 
         def more(requests: Mapping[str, Request]) -> Mapping[str, StoreReader]:
             return self._read(self.ranks.share(requests))
 
-        context = Context(self.pool, dict(self.readers))
+        context = Context(self.pool, dict(self.readers), tasks=tasks, k=self.k)
         with self._timed("score and choose"):
             before = sum(self.times.values())
             scored = method.run(context, seed, more)
@@ -92,8 +124,11 @@ class Selection:
             scored=scored,
             rows=chosen,
             config=dump({**self.run.flat, "out": str(out)}),
-            identity=self.proxy.identity() if self.readers else None,
-            signals={name: _describe(reader) for name, reader in self.readers.items()},
+            identity=self._identity(self.readers)["proxy"],
+            signals={
+                **{name: _describe(reader) for name, reader in self.readers.items()},
+                **_describe_tasks(tasks),
+            },
             bad=[note for reader in self.readers.values() for note in reader.bad],
             seed=seed,
             times={name: round(seconds, 2) for name, seconds in self.times.items()},
@@ -102,33 +137,77 @@ class Selection:
 
     def _read(self, requests: Mapping[str, Request]) -> dict[str, StoreReader]:
         """Compute what is missing of some signals; every rank calls this with the same requests."""
-        found = {}
-        for name, request in requests.items():
-            proxy = self.proxy
-            with self._timed(f"signal {name}"):
-                found[name] = extract_signal(
-                    request.signal,
-                    request.rows,
-                    self.pool,
-                    self.run.pool,
-                    self.run.proxy,
-                    self.ranks,
-                    proxy,
-                )
+        found = {
+            name: self._extract(name, request, self.pool, self.run.pool)
+            for name, request in requests.items()
+        }
         self.readers.update(found)
         return found
 
-    def _identity(self, proxy: dict[str, Any] | None) -> dict[str, Any]:
+    def _read_targets(self, name: str) -> tuple[tuple[StoreReader, ...], ...]:
+        """Readers of a target signal, by task and sub-task."""
+        signal = self.run.method.target_signals()[name]
+        return tuple(
+            tuple(
+                self._extract(
+                    name, Request(signal, subtask.rows), subtask.pool, self._where(target)
+                )
+                for subtask in target.subtasks
+            )
+            for target in self.targets
+        )
+
+    def _tasks(
+        self, readers: Mapping[str, tuple[tuple[StoreReader, ...], ...]]
+    ) -> tuple[Task, ...]:
+        """What a method is told of the targets; `readers` by signal, task and sub-task."""
+        return tuple(
+            Task(
+                target.name,
+                target.weight,
+                tuple(subtask.name for subtask in target.subtasks),
+                {name: found[i] for name, found in readers.items()},
+            )
+            for i, target in enumerate(self.targets)
+        )
+
+    def _extract(self, name: str, request: Request, pool: Pool, where: PoolSettings) -> StoreReader:
+        proxy = self._model(name)
+        with self._timed(f"signal {name}"):
+            return extract_signal(
+                request.signal, request.rows, pool, where, self.run.proxy, self.ranks, proxy
+            )
+
+    def _model(self, name: str) -> Vlm:
+        """The model that signal `name` is computed with; of those beside the proxy, one is kept."""
+        checkpoints = self.run.method.checkpoints()
+        if name not in checkpoints:
+            return self.proxy
+        model, base = checkpoints[name]
+        wanted = replace(self.run.proxy, model=model, model_base=base)
+        if self._other is None or self._other[0] != wanted:
+            self._other = None  # free its memory first
+            with self._timed("load proxy"):
+                self._other = (wanted, open_proxy(wanted))
+        return self._other[1]
+
+    def _identity(self, signals: Mapping[str, Any]) -> dict[str, Any]:
         """What this run is: another value of any of these is another run (promise P10)."""
-        return {
+        others = self.run.method.checkpoints()
+        identity = {
             "pool": {"sha256": self.pool.sha256, "n": len(self.pool), "limit": self.run.pool.limit},
             "method": self.run.method.name,
             "settings": export.plain_settings(self.run.method.settings),
             "budget": self.k,
             "seed": self.run.select.seed,
-            "proxy": proxy,
+            "proxy": self.proxy.identity() if set(signals) - set(others) else None,
             "schema": SCHEMA,
         }
+        if others:
+            identity["checkpoints"] = {name: fingerprint(*where) for name, where in others.items()}
+        if self.targets:
+            identity["targets"] = [target.identity() for target in self.targets]
+        return identity
 
     def _wanted_folder(self) -> tuple[Path, bool]:
         """The run folder, and whether one beside it will do: always when the user named none."""
@@ -143,7 +222,7 @@ class Selection:
     def _timed(self, stage: str) -> Iterator[None]:
         started = time.monotonic()
         yield
-        self.times[stage] = time.monotonic() - started
+        self.times[stage] = self.times.get(stage, 0.0) + time.monotonic() - started
 
 
 def open_proxy(settings: ProxySettings) -> Vlm:
@@ -183,46 +262,40 @@ def extract_signal(
     )
 
 
-def print_plan(
+def print_cost(
+    name: str,
+    request: Request,
     pool: Pool,
-    signals: Mapping[str, Signal],
     where: PoolSettings,
     settings: ProxySettings,
-    foreseen: Mapping[str, Request] | None = None,
+    proxy: Vlm,
+    at_most: bool = False,
 ) -> None:
-    """What extracting `signals` for the whole pool would take; computes a few samples to know.
+    """What extracting one signal would take, from a few samples that are computed to know.
 
-    `foreseen`: what comes after them, on rows that only they will tell.
+    `at_most`: the rows stand for others that only earlier signals will tell.
     """
-    if not signals:
-        print(f"{len(pool)} samples; no signal to compute: a second or two")
-        return
-    proxy = open_proxy(settings)
-    rows = np.arange(len(pool))
-    requests = {name: Request(signal, rows) for name, signal in signals.items()}
-    later = foreseen or {}
-    for name, request in {**requests, **later}.items():
-        found = plan(
-            request.signal,
-            proxy,
-            pool,
-            request.rows,
-            settings.store,
-            where.images,
-            batch_size=settings.batch_size,
-            max_tokens=settings.max_tokens,
-            block_size=settings.block_size,
-            num_workers=_workers(settings),
-            extra_roots=[Path(root) for root in where.image_roots],
-            world_size=Ranks().world_size,
-        )
-        state = "already stored" if found["stored"] else f"about {_duration(found['seconds'])}"
-        most, place = ("", f" in {found['folder']}") if name in requests else ("at most ", "")
-        print(
-            f"{name}: {most}{found['samples']} samples, {found['batches']} batches, "
-            f"{found['tokens'] / 1e6:.2f} M tokens, {found['bytes'] / 2**20:.1f} MiB{place}, "
-            f"{state} (measured on {found['probed']} samples)"
-        )
+    found = plan(
+        request.signal,
+        proxy,
+        pool,
+        request.rows,
+        settings.store,
+        where.images,
+        batch_size=settings.batch_size,
+        max_tokens=settings.max_tokens,
+        block_size=settings.block_size,
+        num_workers=_workers(settings),
+        extra_roots=[Path(root) for root in where.image_roots],
+        world_size=Ranks().world_size,
+    )
+    state = "already stored" if found["stored"] else f"about {_duration(found['seconds'])}"
+    most, place = ("at most ", "") if at_most else ("", f" in {found['folder']}")
+    print(
+        f"{name}: {most}{found['samples']} samples, {found['batches']} batches, "
+        f"{found['tokens'] / 1e6:.2f} M tokens, {found['bytes'] / 2**20:.1f} MiB{place}, "
+        f"{state} (measured on {found['probed']} samples)"
+    )
 
 
 def _workers(settings: ProxySettings) -> int:
@@ -242,4 +315,13 @@ def _describe(reader: StoreReader) -> dict[str, Any]:
         "folder": str(reader.folder),
         "fingerprint": reader.fingerprint,
         "n_bad": len(reader.bad),
+    }
+
+
+def _describe_tasks(tasks: tuple[Task, ...]) -> dict[str, Any]:
+    return {
+        f"{signal} of {title_of(task.name, subtask)}": _describe(reader)
+        for task in tasks
+        for signal, readers in task.readers.items()
+        for subtask, reader in zip(task.subtasks, readers, strict=True)
     }

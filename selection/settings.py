@@ -98,12 +98,22 @@ class SelectSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class TargetSettings:
+    """What the subset is wanted for."""
+
+    targets: str
+    """YAML list of the target tasks: name, data, images, weight, subtasks (docs/Selection.md)"""
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Everything one `select` was asked for."""
 
     pool: PoolSettings
     proxy: ProxySettings
     select: SelectSettings
+    targets: str | None
+    """file of the target tasks; None for a method that has none"""
     dry_run: bool
     method: Method
     flat: dict
@@ -118,6 +128,8 @@ def parse_select(argv: list[str]) -> Run:
     name, argv = _method_name(argv)
     method_type = get_method(name)
     groups = (PoolSettings, ProxySettings, SelectSettings, PlanSettings, method_type.Settings)
+    if method_type.target_signals is not Method.target_signals:
+        groups = (TargetSettings, *groups)
     parser = _parser(f"python -m selection select {name}", method_type.__doc__, *groups)
     _add_presets(parser, method_type, argv)
     parser.add_argument("--method", default=name, help="the method, for configuration files")
@@ -128,6 +140,7 @@ def parse_select(argv: list[str]) -> Run:
         pool=_pick(PoolSettings, flat),
         proxy=_pick(ProxySettings, flat),
         select=_pick(SelectSettings, flat),
+        targets=flat.get("targets"),
         dry_run=flat["dry_run"],
         method=method_type(_pick(method_type.Settings, flat)),
         flat=flat,

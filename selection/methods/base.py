@@ -56,12 +56,25 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Task:
+    """A target task: its weight and, by signal, a reader for each of its `subtasks`."""
+
+    name: str
+    weight: float
+    subtasks: tuple[str, ...]
+    readers: Mapping[str, tuple[StoreReader, ...]]
+
+
+@dataclass(frozen=True)
 class Context:
-    """What a method may know: facts of the pool, readers of the signals by name, its own plan."""
+    """What a method may know: facts of the pool, readers of the signals by name, its own plan,
+    the target tasks, and how many samples will be selected, `k`."""
 
     pool: Pool
     readers: Mapping[str, StoreReader] = field(default_factory=dict)
     plan: Plan = Plan()
+    tasks: tuple[Task, ...] = ()
+    k: int = 0
 
     def keys(self, rng: np.random.Generator) -> np.ndarray:
         """Independent uniform numbers in [0, 1), one per sample, (N,) float64.
@@ -100,7 +113,7 @@ class Method:
     """Base of every method. The class stands in `selection/methods/<name>.py` and is found there.
 
     A subclass sets `Settings` (a frozen dataclass; the sentence under each field is the command
-    line's help), and overrides `score`, and as needed `signals`, `plan` and `select`.
+    line's help), and overrides `score`, and as needed the others.
     """
 
     name: ClassVar[str]
@@ -116,6 +129,16 @@ class Method:
 
     def signals(self) -> dict[str, Any]:
         """Signals wanted for the whole pool before anything else, by the name to read them by."""
+        return {}
+
+    def target_signals(self) -> dict[str, Any]:
+        """Signals wanted for the target tasks, under names of `signals()`. A method that overrides
+        this has the flag `--targets`."""
+        return {}
+
+    def checkpoints(self) -> dict[str, tuple[str, str | None]]:
+        """Checkpoint and base of the model that a signal is computed with, by the signal's name;
+        the others are computed with the proxy, `--model`."""
         return {}
 
     def foreseen(self, pool: Pool) -> dict[str, Request]:
