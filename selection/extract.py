@@ -52,7 +52,8 @@ class Unusable:
 
 def signal_identity(signal: Signal, proxy: Vlm, pool: Pool, rows: np.ndarray) -> dict[str, Any]:
     """Everything that decides the numbers of `signal` over `rows`: what a store answers for."""
-    return {**signal.identity(), "proxy": proxy.identity(), "pool": pool.digest(rows)}
+    inputs = {**signal.reads(proxy), "proxy": proxy.identity(), "pool": pool.digest(rows)}
+    return {**signal.identity(), **inputs}
 
 
 def extract(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,6 +23,7 @@ from llava.errors import UsageError
 
 from .projector import with_projector
 from .weights import (
+    LANGUAGE,
     PROJECTOR,
     State,
     canonical_name,
@@ -150,6 +151,31 @@ def read(folder: Path) -> tuple[dict[str, Factors], State]:
             raise UsageError(f"{folder}: half of the adapter of {name} is missing; copy it again")
         factors[name] = down, up
     return factors, replaced
+
+
+class LowRank(NamedTuple):
+    """One layer's adapter: `down` s A (r, in) and `up` s B (out, r); None is a B of zeros.
+
+    With y = (W + s B A) x, B enters the derivative of a loss by A only as s B, and A that by B only
+    as s A.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor | None
+
+
+def low_rank(folder: Path, decoder: nn.Module) -> dict[str, LowRank]:
+    """What the LoRA in `folder` adapts of the language model `decoder`, in its layers' order.
+
+    By the layer's name in it (`layers.0.self_attn.q_proj`), in its dtype and on its device.
+    """
+    factors, s = read(folder)[0], scale(folder)
+    found = {}
+    for name, module in decoder.named_modules():
+        pair = factors.get(f"{LANGUAGE}{name}.weight")
+        if pair is not None and isinstance(module, nn.Linear):
+            found[name] = LowRank(*((s * half.float()).to(module.weight) for half in pair))
+    return found
 
 
 def named_factors(factors: dict[str, Factors], rename: Callable[[str], str]) -> State:

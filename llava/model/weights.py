@@ -244,10 +244,13 @@ def read_tensors(path: Path) -> State:
     Raises RefusedError if a pickle holds anything but tensors, StorageError if the file is
     damaged, UsageError if it cannot be opened.
     """
-    start = read_start(path)
     if path.suffix == ".safetensors":
+        read_start(path)
         return _read_safetensors(path)
-    return _read_pickle(path, looks_like_pickle=start[:1] in (b"\x80", b"P"))
+    value = read_pickle(path)
+    if not isinstance(value, dict) or not all(torch.is_tensor(t) for t in value.values()):
+        raise UsageError(f"{path}: holds no table of tensors")
+    return {name: tensor.detach() for name, tensor in value.items()}
 
 
 def read_start(path: Path) -> bytes:
@@ -270,9 +273,11 @@ def _read_safetensors(path: Path) -> State:
         raise StorageError(f"{path}: damaged or incomplete ({error}); copy it again") from error
 
 
-def _read_pickle(path: Path, looks_like_pickle: bool) -> State:
+def read_pickle(path: Path) -> Any:
+    """Tensors in plain containers, as PyTorch saved them. Raises as `read_tensors` does."""
+    looks_like_pickle = read_start(path)[:1] in (b"\x80", b"P")
     try:
-        value = torch.load(
+        return torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except pickle.UnpicklingError as error:
@@ -284,9 +289,6 @@ def _read_pickle(path: Path, looks_like_pickle: bool) -> State:
         raise StorageError(f"{path}: not a file of weights, or damaged") from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise StorageError(f"{path}: damaged or incomplete; copy it again") from error
-    if not isinstance(value, dict) or not all(torch.is_tensor(t) for t in value.values()):
-        raise UsageError(f"{path}: holds no table of tensors")
-    return {name: tensor.detach() for name, tensor in value.items()}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 
 from llava.errors import UsageError
 from llava.model import checkpoint
+from llava.model.weights import find_directory
 from llava.vlm.base import Batch, ForwardOut, Prepared, Vlm, padded_length
 from llava.vlm.llava import LlavaVlm
 from llava.vlm.processor import ProcessorVlm
@@ -49,7 +50,7 @@ def load_vlm(
     if kind == "hf_other":
         return ProcessorVlm.load(Path(path), number, where)
     loaded = checkpoint.load(path, base=base, dtype=number, device=where)
-    return LlavaVlm(loaded, checkpoint.fingerprint(path, base))
+    return LlavaVlm(loaded, checkpoint.fingerprint(path, base), find_directory(path))
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from llava.vlm.attention import LastRow
 
 if TYPE_CHECKING:
     from llava.data import Record
+    from llava.model.lora import LowRank
+    from llava.model.moments import Moments
 
 MIN_ROWS = 16
 """Below this, CPU matrix products use other kernels, with other rounding, than for many rows."""
@@ -103,7 +105,7 @@ class Vlm:
     kind: str
 
     def __init__(self, model: nn.Module, fingerprint: str, pad_id: int, max_length: int) -> None:
-        self.model = model.eval()
+        self.model = model.eval().requires_grad_(False)
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.fingerprint = fingerprint
@@ -135,6 +137,16 @@ class Vlm:
     def stored_dtype(self) -> str:
         """Dtype in which states are stored: float32 for float32 proxies, else float16."""
         return "float32" if self.dtype == torch.float32 else "float16"
+
+    @property
+    def adapter(self) -> Mapping[str, LowRank]:
+        """The LoRA that was merged into the decoder, by the name of the layer in it; often none."""
+        return {}
+
+    @property
+    def moments(self) -> Moments:
+        """Adam's moments of the adapter, from the training that made the checkpoint."""
+        raise UsageError(f"{type(self.model).__name__}: no LoRA checkpoint, so no moments of one")
 
     def identity(self) -> dict[str, Any]:
         """Everything about the model that decides numbers, JSON-serialisable."""
@@ -213,11 +225,16 @@ class Vlm:
         """Final hidden states and last attention rows of a batch, in one pass."""
         with StableRows(), self.recorder as recorder:
             recorder.last = batch.last
-            out = self.model.base_model(
-                input_ids=batch.input_ids, use_cache=False, return_dict=True, **batch.inputs
-            )
+            hidden = self.hidden(batch)
             row, recorder.row = recorder.row, None
-        return ForwardOut(out.last_hidden_state, row)
+        return ForwardOut(hidden, row)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """States of a batch after the final norm, (B, S, H)."""
+        out = self.model.base_model(
+            input_ids=batch.input_ids, use_cache=False, return_dict=True, **batch.inputs
+        )
+        return out.last_hidden_state
 
 
 def _end_ids(model: nn.Module) -> set[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,10 @@ from PIL.Image import Image
 from llava.conversation import IMAGE_TOKEN, get_template, render
 from llava.data import expand_image
 from llava.errors import DataError
+from llava.model import lora
+from llava.model.lora import LowRank
+from llava.model.moments import Moments, read_moments
+from llava.model.sources import Kind
 from llava.tokens import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
@@ -30,11 +36,12 @@ class LlavaVlm(Vlm):
 
     kind = "llava"
 
-    def __init__(self, loaded: Loaded, fingerprint: str) -> None:
+    def __init__(self, loaded: Loaded, fingerprint: str, folder: Path) -> None:
         super().__init__(
             loaded.model, fingerprint, loaded.tokenizer.pad_id, loaded.model_max_length
         )
         self.loaded = loaded
+        self.folder = folder
         self.template = get_template(loaded.template_name)
 
     def identity(self) -> dict[str, Any]:
@@ -44,6 +51,16 @@ class LlavaVlm(Vlm):
             "template": self.loaded.template_name,
             "image_processor": images.fingerprint() if images else None,
         }
+
+    @cached_property
+    def adapter(self) -> dict[str, LowRank]:
+        if self.loaded.kind is not Kind.LLAVA_LORA:
+            return {}
+        return lora.low_rank(self.folder, self.decoder)
+
+    @cached_property
+    def moments(self) -> Moments:
+        return read_moments(self.folder, self.adapter, self.device)
 
     def prepare(self, record: Record, image: Image | None) -> Prepared:
         if image is not None:

@@ -55,6 +55,10 @@ class Signal:
         """What decides the numbers besides proxy and pool."""
         return {"settings": asdict(self), "schema": self.schema}
 
+    def reads(self, proxy: Vlm) -> dict[str, Any]:
+        """What decides the numbers and comes with the proxy, but is no part of its identity."""
+        return {}
+
     def columns(self, proxy: Vlm) -> list[Column]:
         """Names, shapes and dtypes of what `compute` returns."""
         raise NotImplementedError
