@@ -3,6 +3,8 @@
 run       ask a model a benchmark's questions: every order of the options, letters and other symbols
 score     compute a benchmark's published numbers from an answer file alone
 attack    compute every number under attack from a run, or compare two runs
+table     runs side by side: models by benchmarks
+plot      draw what the attacks cost, and which positions are chosen
 
 Each takes --help. docs/Evaluation.md lists the benchmarks, their files, what each number means and
 the exit codes.
@@ -24,7 +26,7 @@ from llava.flags import read_flags
 from .answers import Answers, Matched, match, read_answers
 from .tasks import find_task
 
-VERBS = ("run", "score", "attack")
+VERBS = ("run", "score", "attack", "table", "plot")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class ScoreSettings:
     allow_missing: bool = False
     """score although items have no answer: by the rule of the benchmark's own script, which mostly
     is that they are wrong (otherwise: exit 65)"""
+    submission: str | None = None
+    """folder for the answers in the formats of the benchmark's server or own script"""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def run_run(argv: list[str]) -> None:
 
 def run_score(argv: list[str]) -> None:
     """Print the published numbers of an answer file."""
+    from .records import write_submission
     from .report import number_lines
 
     about = "Compute a benchmark's numbers from an answer file alone."
@@ -101,6 +106,8 @@ def run_score(argv: list[str]) -> None:
     for note in _notes(answers, matched, len(items)):
         print(f"note: {answers.path}: {note}", file=sys.stderr)
     numbers = task.score(items, matched.texts)
+    if settings.submission is not None:
+        write_submission(Path(settings.submission), task.submission(items, matched.texts))
     print(json.dumps(numbers) if settings.json else number_lines(numbers))
 
 
@@ -127,6 +134,26 @@ def run_attack(argv: list[str]) -> None:
         found = compare(first, replies(settings.against), settings.reading)
         shown = comparison(found)
     print(json.dumps(found) if settings.json else shown)
+
+
+def run_table(argv: list[str]) -> None:
+    """Print runs side by side."""
+    from .summaries import read_runs_and_flags
+    from .table import TableSettings, join, render
+
+    about = "Put runs side by side: models by benchmarks."
+    runs, settings = read_runs_and_flags("table", about, argv, TableSettings)
+    print(render(join(runs, settings.reading), settings.format))
+
+
+def run_plot(argv: list[str]) -> None:
+    """Draw runs and say where the pictures are."""
+    from .plot import PlotSettings, draw
+    from .summaries import read_runs_and_flags
+
+    about = "Draw Clean against attacked accuracy, and the positions that were chosen."
+    runs, settings = read_runs_and_flags("plot", about, argv, PlotSettings)
+    print(*draw(runs, settings.reading, Path(settings.out)), sep="\n")
 
 
 def _notes(answers: Answers, matched: Matched, n_items: int) -> list[str]:

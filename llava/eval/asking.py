@@ -1,8 +1,8 @@
 """What is asked of a benchmark: which items are one question, in which orders, under which symbols.
 
-Rows of a benchmark with the same picture, stem, suffix and set of options are one *unit*: MMBench's
-rotations are the same questions when all orders are asked. Each distinct prompt of a unit is put to
-the model once; every row takes its replies from there.
+Rows with the same pictures, stem, suffix and set of options are one *unit*: MMBench's rotations are
+the same question when all orders are asked. Each distinct prompt of a unit is put to the model
+once; every row takes its replies from there.
 
 `until_failure` asks for no more than Clean and PA need: the given order first, then those that look
 hardest by the reply to it, until every reading has been wrong once. What an item is asked depends
@@ -28,6 +28,7 @@ from .records import Record
 from .tasks.base import Item
 
 Order = tuple[int, ...]
+Replier = Callable[[Sequence[Ask]], Sequence[Reply]]
 
 
 class Asked(NamedTuple):
@@ -78,14 +79,17 @@ def pick_symbols(name: str, n_options: int) -> str:
     return symbols
 
 
-def units(items: Sequence[Item]) -> list[list[int]]:
-    """Rows that are one question, by the first of them."""
+def units(items: Sequence[Item], plan: Plan) -> list[list[int]]:
+    """Rows that are one question, by the first of them.
+
+    Where only the given order is asked, they are the rows with the same prompt.
+    """
     groups = defaultdict(list)
     for row, item in enumerate(items):
-        asked = item.question
         key = (item.prompt,)
-        if asked is not None:
-            key = (asked.stem, asked.suffix, tuple(sorted(asked.options)))
+        if plan.all_orders:
+            question = item.question
+            key = (question.stem, question.suffix, tuple(sorted(question.options)))
         groups[item.images, key].append(row)
     return list(groups.values())
 
@@ -98,9 +102,7 @@ def prompts(item: Item, plan: Plan) -> list[Ask]:
     return [_ask(item, order, symbols) for symbols in plan.symbols for order in found]
 
 
-def put(
-    item: Item, plan: Plan, reply: Callable[[Sequence[Ask]], Sequence[Reply]]
-) -> Iterator[Asked]:
+def put(item: Item, plan: Plan, reply: Replier) -> Iterator[Asked]:
     """Put an item to the model as planned."""
     if item.question is None:
         asks = prompts(item, plan)
@@ -151,14 +153,12 @@ def _ask(item: Item, order: Order, symbols: str) -> Ask:
     return Ask(item.question.render(order, symbols), symbols[: len(order)])
 
 
-def _at_once(item: Item, found: list[Order], symbols: str, reply: Callable) -> Iterator[Asked]:
+def _at_once(item: Item, found: list[Order], symbols: str, reply: Replier) -> Iterator[Asked]:
     asks = [_ask(item, order, symbols) for order in found]
     yield from map(Asked, asks, found, reply(asks))
 
 
-def _until_failure(
-    item: Item, found: list[Order], symbols: str, reply: Callable
-) -> Iterator[Asked]:
+def _until_failure(item: Item, found: list[Order], symbols: str, reply: Replier) -> Iterator[Asked]:
     wrong: set[str] = set()
     size = 1
     while found and len(wrong) < len(READINGS):

@@ -11,7 +11,7 @@ again. Two processes may finish the same unit; one of the lines is used, and the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -160,6 +160,13 @@ def write_answers(path: Path, given: Sequence[Record], model: str) -> None:
             yield msgspec.json.encode(answer) + b"\n"
 
     files.atomic_write(path, lines())
+
+
+def write_submission(folder: Path, content: Mapping[str, bytes]) -> None:
+    """A benchmark's files in its owners' formats, by name; no folder if there are none."""
+    for name, data in content.items():
+        files.make_folder((folder / name).parent)
+        files.atomic_write(folder / name, data)
 
 
 def read_attacks(path: Path) -> tuple[Head, Iterator[Record]]:

@@ -47,6 +47,8 @@ def comparison(found: Mapping[str, Mapping[str, Any]]) -> str:
 def _what(summary: Mapping[str, Any]) -> str:
     n, counted = summary["n_items"], summary.get("n_counted", summary["n_items"])
     items = f"{n} items" if counted == n else f"{counted} of {n} items"
+    if summary.get("limit"):
+        items += f" (the first {n} only)"
     told = [f"{summary['benchmark']}: {summary['model']}, {items}"]
     if summary.get("symbols"):
         told.append(f"symbols {summary['symbols'][:5]}...")

@@ -31,7 +31,7 @@ from llava.vlm import load_vlm
 from llava.vlm.base import Vlm
 
 from . import asking
-from .asking import Plan
+from .asking import Plan, Replier
 from .attacked import collect, summarise
 from .attacks import LETTERS
 from .engine import Ask, Engine, Reply, open_engine
@@ -46,6 +46,7 @@ from .records import (
     read_attacks,
     write_answers,
     write_attacks,
+    write_submission,
 )
 from .tasks import find_task
 from .tasks.base import Item
@@ -80,8 +81,8 @@ class RunSettings:
     """until_failure: ask no further once Clean and PA are known; positions are not counted then"""
     engine: Literal["shared", "naive"] = "shared"
     """shared: what the orders of a question have in common runs once; naive: one by one"""
-    pictures: Literal["first", "all"] = "all"
-    """of a question with several pictures, those that the model is shown"""
+    pictures: Literal["first", "all"] = "first"
+    """of a question with several pictures (MMMU), those that the model is shown"""
     max_new_tokens: int = 128
     """longest answer, in tokens"""
     dtype: str = "auto"
@@ -89,7 +90,7 @@ class RunSettings:
     device: str = "auto"
     """auto, cpu or cuda"""
     batch_size: int = 16
-    """open questions that are answered together"""
+    """questions that are answered together, where each is asked once: open ones, and no attacks"""
     max_tokens: int = 32768
     """largest number of positions in a forward pass"""
     limit: int | None = None
@@ -121,7 +122,7 @@ class Evaluation:
             settings.pictures == "first",
         )
         self.pictures.check(self.items)
-        self.units = asking.units(self.items)
+        self.units = asking.units(self.items, self.plan)
 
     @cached_property
     def vlm(self) -> Vlm:
@@ -153,7 +154,7 @@ class Evaluation:
 
     def _ask_missing(self, parts: Parts) -> None:
         done = parts.refresh()
-        size = 1 if self.task.attacked else self.settings.batch_size
+        size = 1 if self.plan.all_orders else self.settings.batch_size
         total = len(self.units) - len(done)
         with Progress(self.task.name, total, self.rank == 0) as progress:
             while len(done) < len(self.units):
@@ -165,9 +166,9 @@ class Evaluation:
                 progress.advance(len(done) - before)
 
     def _ask(self, numbers: Sequence[int]) -> Iterator[Unit]:
-        """Finished units; open questions are answered together."""
+        """Finished units; those with a single prompt are answered together."""
         started = time.monotonic()
-        if self.task.attacked:
+        if self.plan.all_orders:
             for number in numbers:
                 records, n_tokens = self._attack(self.units[number])
                 yield Unit(number, time.monotonic() - started, n_tokens, records)
@@ -178,8 +179,8 @@ class Evaluation:
         replies = self.engine.reply_many(list(zip(opened, asks, strict=True)))
         seconds = (time.monotonic() - started) / len(numbers)
         for number, reply in zip(numbers, replies, strict=True):
-            rows = self.units[number]
-            yield Unit(number, seconds, 0, self._records(rows, lambda _, r=reply: [r], {}))
+            records = self._records(self.units[number], lambda asks, reply=reply: [reply], {})
+            yield Unit(number, seconds, 0, records)
 
     def _attack(self, rows: Sequence[int]) -> tuple[list[Record], int]:
         """Records of the rows of one question, and the positions that the model processed."""
@@ -202,7 +203,9 @@ class Evaluation:
             reply(list(sources))  # letters and symbols in one batch
         return self._records(rows, reply, sources), session.n_tokens
 
-    def _records(self, rows: Sequence[int], reply: Any, sources: dict[Ask, int]) -> list[Record]:
+    def _records(
+        self, rows: Sequence[int], reply: Replier, sources: dict[Ask, int]
+    ) -> list[Record]:
         return [
             asking.record(
                 asked,
@@ -225,10 +228,7 @@ class Evaluation:
         if self.task.attacked:
             write_attacks(out / ATTACKS, self._head(), parts, len(self.units))
             summary |= summarise(collect(*read_attacks(out / ATTACKS), out / ATTACKS))
-        for name, content in self.task.submission(self.items, texts).items():
-            path = out / "submission" / name
-            files.make_folder(path.parent)
-            files.atomic_write(path, content)
+        write_submission(out / "submission", self.task.submission(self.items, texts))
         files.atomic_write(out / "summary.json", _json(summary))
         files.atomic_write(out / "manifest.json", _json(self._manifest(out)))
         files.sweep(out)
@@ -311,7 +311,7 @@ def place_in_launch() -> tuple[int, int]:
 
 def _plan(settings: RunSettings, items: Sequence[Item], attacked: bool) -> Plan:
     if not attacked:
-        return Plan(settings.benchmark, ())
+        return Plan(settings.benchmark, (), all_orders=False)
     n = max(len(item.question.options) for item in items)
     if n > len(LETTERS):
         raise UsageError(
@@ -327,8 +327,7 @@ def _fingerprint(items: Sequence[Item]) -> str:
     """Hash of all that is asked and held for right; of picture files the names only."""
     hasher = xxhash.xxh3_128()
     for item in items:
-        hasher.update(msgspec.json.encode([item.id, item.prompt, item.gold, item.group]))
-        hasher.update(msgspec.json.encode([item.question, item.answers, item.extra, item.images]))
+        hasher.update(msgspec.json.encode(item, enc_hook=repr))
     return hasher.hexdigest()
 
 
