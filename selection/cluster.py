@@ -7,7 +7,7 @@ labels with their results.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from selection.store import StoreReader
 
 POINTS_PER_CENTROID = 256
+SAMPLES_PER_CLUSTER = 64  # COINCIDE: 10,000 clusters of 665,298 samples
 SAME = 1e-6  # cosines this close to 1 are equal in float32: two copies of one vector
+BATCH_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,7 @@ def cluster_groups(
     for group in np.unique(groups[groups >= 0]):
         rows = np.flatnonzero(groups == group)
         rows = rows[np.argsort(keys[rows], kind="stable")][: POINTS_PER_CENTROID * k]
-        sample = stream.unit(stream.take(reader, names, rows, normalize_parts)).numpy()
-        sample = sample[np.isfinite(sample).all(axis=1)]
+        sample = _unit_rows(reader, names, rows, normalize_parts)
         if len(sample):
             centroids.append(spherical_kmeans(sample, k, n_iter, seed))
             owner += [group] * len(centroids[-1])
@@ -111,20 +112,81 @@ def cluster_groups(
     return Clusters(labels, matrix, owner)
 
 
+def cluster_count(k: int, n: int) -> int:
+    """`k` clusters, but for `n` samples no more than one for every 64 of them, and at least one."""
+    return max(1, min(k, n // SAMPLES_PER_CLUSTER))
+
+
+def members(
+    reader: StoreReader, names: Sequence[str], labels: np.ndarray
+) -> Iterator[tuple[int, np.ndarray, torch.Tensor]]:
+    """Stream `(label, store rows (m,) ascending, vectors (m, D) float32)` of every cluster.
+
+    `labels` (n,) int64, -1 for rows to leave out. Reads about `BATCH_BYTES` of vectors at a time,
+    or one cluster if that is more.
+    """
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    found, starts = np.unique(labels[order], return_index=True)
+    stops = [*starts[1:].tolist(), len(order)]
+    width = sum(reader.columns[name].shape[0] for name in names)
+    most, first = max(1, BATCH_BYTES // (4 * width)), 0
+    while first < len(found):
+        last = first + 1
+        while last < len(found) and stops[last] - starts[first] <= most:
+            last += 1
+        rows = order[starts[first] : stops[last - 1]]
+        vectors = stream.take(reader, names, rows)
+        for i in range(first, last):
+            part = slice(starts[i] - starts[first], stops[i] - starts[first])
+            yield int(found[i]), rows[part], vectors[part]
+        first = last
+
+
+def _unit_rows(
+    reader: StoreReader, names: Sequence[str], rows: np.ndarray, normalize_parts: bool
+) -> np.ndarray:
+    """The finite vectors among `rows` (n,), scaled to length one, (n', D) float32, held once."""
+    width = sum(reader.columns[name].shape[0] for name in names)
+    sample = np.empty((len(rows), width), np.float32)
+    step, filled = max(1, BATCH_BYTES // (4 * width)), 0
+    for start in range(0, len(rows), step):
+        part = stream.unit(stream.take(reader, names, rows[start : start + step], normalize_parts))
+        part = part[part.isfinite().all(dim=1)].numpy()
+        sample[filled : filled + len(part)] = part
+        filled += len(part)
+    return sample[:filled]
+
+
 def _fill_empty(sample: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Move every centroid without members onto the vector that its own centroid fits worst.
 
     Where no vector is left that is not already a centroid, the empty ones are dropped.
     """
     centroids = centroids.copy()
+    labels, fit = _fits(sample, centroids)
     for _ in range(2 * len(centroids)):
-        cosines = _products(sample, centroids)
-        empty = np.flatnonzero(~np.isin(np.arange(len(centroids)), cosines.argmax(axis=1)))
-        fit = cosines.max(axis=1)
-        if not len(empty) or fit.min() > 1 - SAME:
+        empty = np.flatnonzero(np.bincount(labels, minlength=len(centroids)) == 0)
+        worst = fit.argmin()
+        if not len(empty) or fit[worst] > 1 - SAME:
             break
-        centroids[empty[0]] = sample[fit.argmin()]
-    return centroids[np.unique(_products(sample, centroids).argmax(axis=1))]
+        centroids[empty[0]] = sample[worst]
+        # Nobody's nearest moved away, so only those that the new place serves better change.
+        cosines = _products(sample, centroids[empty[:1]])[:, 0]
+        better = cosines > fit
+        labels[better], fit[better] = empty[0], cosines[better]
+    return centroids[np.unique(labels)]
+
+
+def _fits(sample: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest centroid of every row of `sample`, (n,) int64, and its cosine (n,) float32."""
+    labels, fit = np.empty(len(sample), np.int64), np.empty(len(sample), np.float32)
+    step = max(1, BATCH_BYTES // (4 * len(centroids)))
+    for start in range(0, len(sample), step):
+        cosines = _products(sample[start : start + step], centroids)
+        labels[start : start + step] = cosines.argmax(axis=1)
+        fit[start : start + step] = cosines.max(axis=1)
+    return labels, fit
 
 
 def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -153,3 +153,37 @@ def test_unit_sample_is_what_take_gives(tmp_path, blobs):
     reader = store_of(tmp_path, blobs[0].astype(np.float16))
     taken = stream.unit(stream.take(reader, ["v"], np.array([5, 2]))).numpy()
     np.testing.assert_allclose(taken, blobs[0][[5, 2]], atol=1e-3)  # half precision: 2^-11
+
+
+def test_many_empty_clusters_are_filled_as_one_at_a_time_from_scratch():
+    rng = np.random.default_rng(3)
+    sample = unit_rows(rng.normal(size=(200, 6)))
+    sample[150:] = sample[:50]  # copies
+    centroids = unit_rows(np.repeat(rng.normal(size=(4, 6)), 6, axis=0))  # 4 of 24 have members
+    slow = centroids.copy()
+    for _ in range(48):
+        cosines = sample @ slow.T
+        empty = [m for m in range(24) if m not in cosines.argmax(axis=1)]
+        if not empty:
+            break
+        slow[empty[0]] = sample[cosines.max(axis=1).argmin()]
+    np.testing.assert_array_equal(cluster._fill_empty(sample, centroids), slow)
+
+
+def test_a_small_pool_has_fewer_clusters():
+    assert cluster.cluster_count(10_000, 665_298) == 10_000
+    assert cluster.cluster_count(10_000, 6_400) == 100
+    assert cluster.cluster_count(10_000, 3) == 1
+    assert cluster.cluster_count(5, 6_400) == 5
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 2000, 10**6])
+def test_members_come_cluster_by_cluster(tmp_path, blobs, batch_bytes, monkeypatch):
+    monkeypatch.setattr(cluster, "BATCH_BYTES", batch_bytes)
+    vectors = blobs[0]
+    labels = np.random.default_rng(0).choice([-1, 0, 2, 7], 300)
+    found = list(cluster.members(store_of(tmp_path, vectors), ["v"], labels))
+    assert [label for label, _, _ in found] == [0, 2, 7]
+    for label, rows, part in found:
+        assert rows.tolist() == np.flatnonzero(labels == label).tolist()
+        np.testing.assert_array_equal(part.numpy(), vectors[rows])
