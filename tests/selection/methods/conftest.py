@@ -118,11 +118,13 @@ def make_world(folder: Path, n: int = 150, seed: int = 0, formats=tuple(WORDINGS
         "nll_sum": rng.exponential(8.0, size=n).astype(np.float32),
     }
     pool = Pool.open(folder / "pool.json")
-    more, others = make_more(np.random.default_rng([seed, 1]), centre)
+    more, others = make_more(np.random.default_rng([seed, 1]), centre, ~no_attack)
     return World(folder, pool, kinds, {**vectors, **scalars, **more}, attack, others)
 
 
-def make_more(rng: np.random.Generator, centre: np.ndarray) -> tuple[dict, dict]:
+def make_more(
+    rng: np.random.Generator, centre: np.ndarray, has_image: np.ndarray
+) -> tuple[dict, dict]:
     """Further columns of the forward signals, and further signals; `centre` (N, H)."""
     n = len(centre)
     forward = {
@@ -135,8 +137,16 @@ def make_more(rng: np.random.Generator, centre: np.ndarray) -> tuple[dict, dict]
         vectors = np.tile(centre, width // H) + rng.normal(size=(n, width))
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
 
+    clip = {
+        "image_features": around(H),
+        "text_features": around(H),
+        "clip_score": rng.uniform(-0.1, 0.4, n).astype(np.float32),
+    }
+    clip["image_features"][~has_image] = 0
+    clip["clip_score"][~has_image] = np.nan
     others = {
         "blocks": {"vision": around(2 * H), "language": around(2 * H)},
+        "clip": clip,
         "holdout": {"nll_mean": rng.exponential(size=n).astype(np.float32)},
     }
     return forward, others
