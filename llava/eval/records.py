@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import xxhash
@@ -31,7 +32,7 @@ class Head(msgspec.Struct):
 
     benchmark: str
     model: str
-    n_items: int
+    n_items: Annotated[int, msgspec.Meta(ge=1)]
     letters: str
     """symbols of Clean and PA, one a position"""
     symbols: str
