@@ -35,6 +35,12 @@ class Clusters:
     centroids: np.ndarray
     owner: np.ndarray
 
+    @property
+    def note(self) -> str:
+        """How many clusters there are and how large: a collapse shows here."""
+        sizes = np.bincount(self.labels[self.labels >= 0], minlength=1)
+        return f"{len(self.centroids)} clusters of {sizes.min()} to {sizes.max()} samples"
+
 
 def spherical_kmeans(sample: np.ndarray, k: int, n_iter: int = 20, seed: int = 0) -> np.ndarray:
     """Unit centroids (k', D) float32 of unit rows `sample` (n, D) by cosine, none without members.
@@ -112,9 +118,22 @@ def cluster_groups(
     return Clusters(labels, matrix, owner)
 
 
+def cluster_rows(
+    reader: StoreReader,
+    names: Sequence[str],
+    usable: np.ndarray,
+    keys: np.ndarray,
+    k: int,
+    n_iter: int,
+) -> Clusters:
+    """Cluster the `usable` (n,) bool store rows together into `cluster_count` of `k` clusters."""
+    groups = np.where(usable, 0, -1)
+    return cluster_groups(reader, names, groups, keys, cluster_count(k, usable.sum()), n_iter)
+
+
 def cluster_count(k: int, n: int) -> int:
     """`k` clusters, but for `n` samples no more than one for every 64 of them, and at least one."""
-    return max(1, min(k, n // SAMPLES_PER_CLUSTER))
+    return int(max(1, min(k, n // SAMPLES_PER_CLUSTER)))
 
 
 def members(

@@ -1,0 +1,76 @@
+"""Self-Sup prototypes: samples by how close they lie to the centre of their cluster.
+
+Ben Sorscher, Robert Geirhos, Shashank Shekhar, Surya Ganguli, Ari S. Morcos. Beyond neural scaling
+laws: beating power law scaling via data pruning. NeurIPS 2022. https://arxiv.org/abs/2206.14486
+
+    embedding: the proxy's last state                 signals/forward.py
+    k-means of the unit embeddings: the prototypes    cluster.py
+    difficulty: cosine distance to the own prototype  prototypicality, its negative
+    the easiest, or the hardest                       bands.py
+
+Differs from the paper: docs/methods/self_sup.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from llava.errors import UsageError
+from selection import stream
+from selection.bands import band_scores
+from selection.cluster import cluster_rows, members
+from selection.signals.forward import Forward
+
+from .base import Context, Method, Scored
+
+COLUMNS = ("last_state",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How Self-Sup prototypes choose; embedding and clusters are SemDeDup's."""
+
+    n_clusters: int = 10_000
+    """prototypes, but no more than one for every 64 samples"""
+    n_iter: int = 50
+    """iterations of k-means"""
+    keep: Literal["easy", "hard"] = "easy"
+    """keep samples close to their prototype (easy) or far from it (hard)"""
+
+    def __post_init__(self) -> None:
+        for name in ("n_clusters", "n_iter"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+
+
+def prototypicality(vectors: torch.Tensor, prototype: torch.Tensor) -> np.ndarray:
+    """Cosine of every row of `vectors` (m, D) to the unit `prototype` (D,): (m,) float64."""
+    return stream.cosines([vectors], prototype)
+
+
+class SelfSup(Method):
+    """The samples closest to the centre of their cluster."""
+
+    Settings = Settings
+
+    def signals(self) -> dict[str, Forward]:
+        return {"forward": Forward()}
+
+    def score(self, context: Context, rng: np.random.Generator) -> Scored:
+        """Cosine to the own prototype, or its negative; artefact: the cluster of every sample."""
+        reader, settings = context.readers["forward"], self.settings
+        rows = reader.rows
+        usable = ~np.isnan(context.values("forward", "nll_mean")[rows])
+        keys = context.keys(rng)[rows]
+        made = cluster_rows(reader, COLUMNS, usable, keys, settings.n_clusters, settings.n_iter)
+        cosines, labels = np.full(len(context.pool), np.nan), np.full(len(context.pool), -1)
+        labels[rows] = made.labels
+        for label, own, vectors in members(reader, COLUMNS, made.labels):
+            centre = torch.from_numpy(made.centroids[label])
+            cosines[rows[own]] = prototypicality(vectors, centre)
+        keep = {"easy": "high", "hard": "low"}[settings.keep]
+        return Scored(band_scores(cosines, keep), {"cluster_labels": labels}, (made.note,))

@@ -1,0 +1,98 @@
+"""SemDeDup: of samples that mean nearly the same, one.
+
+Amro Abbas, Kushal Tirumala, Dániel Simig, Surya Ganguli, Ari S. Morcos. SemDeDup: Data-efficient
+learning at web-scale through semantic deduplication. 2023. https://arxiv.org/abs/2303.09540
+
+    embedding: the proxy's last state               signals/forward.py
+    k-means of the unit embeddings                  cluster.py
+    inside a cluster, far from the centroid first   keep_order
+    M_j = max_(i before j) cos(i, j)                nearest_before
+    j is dropped when M_j > 1 - eps                 score = -M_j: the cut of the budget is eps - 1
+
+The kept count falls with M alone, so the eps of a budget is a quantile of M: one pass, no search.
+
+Differs from the paper and from the code run on LLaVA-665K: docs/methods/semdedup.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from llava.errors import UsageError
+from selection import stream
+from selection.cluster import cluster_rows, members
+from selection.signals.forward import Forward
+
+from .base import Context, Method, Scored
+
+COLUMNS = ("last_state",)
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How SemDeDup clusters; defaults as COINCIDE ran it on LLaVA-665K."""
+
+    n_clusters: int = 10_000
+    """clusters of the pool, but no more than one for every 64 samples"""
+    n_iter: int = 50
+    """iterations of k-means"""
+    keep: Literal["hard", "easy"] = "hard"
+    """of near copies keep the one far from the centroid (hard) or close to it (easy)"""
+
+    def __post_init__(self) -> None:
+        for name in ("n_clusters", "n_iter"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+
+
+def keep_order(cosines: np.ndarray, keep: Literal["hard", "easy"]) -> np.ndarray:
+    """Positions (m,) in the order in which a cluster's members are kept.
+
+    `cosines` (m,) to the centroid; equal ones stay in order.
+    """
+    return np.argsort(cosines if keep == "hard" else -cosines, kind="stable")
+
+
+def nearest_before(vectors: torch.Tensor) -> np.ndarray:
+    """M_j (m,) float64: largest cosine of unit row j of `vectors` (m, D) to an earlier row.
+
+    -1 for the first row. Holds `_CHUNK` columns of the table of cosines at a time.
+    """
+    found = np.full(len(vectors), -1.0)
+    for start in range(0, len(vectors), _CHUNK):
+        part = vectors[start : start + _CHUNK]
+        cosines = vectors[: start + len(part)] @ part.T  # (i, j - start)
+        later = torch.arange(len(cosines))[:, None] >= start + torch.arange(len(part))
+        best = cosines.masked_fill_(later, -1.0).amax(dim=0)
+        found[start : start + len(part)] = best.clamp(-1, 1).numpy()
+    return found
+
+
+class Semdedup(Method):
+    """Of samples that mean nearly the same, the one kept first; the most distinct samples."""
+
+    Settings = Settings
+
+    def signals(self) -> dict[str, Forward]:
+        return {"forward": Forward()}
+
+    def score(self, context: Context, rng: np.random.Generator) -> Scored:
+        """-M_j of every sample; artefact: its cluster."""
+        reader, settings = context.readers["forward"], self.settings
+        rows = reader.rows
+        usable = ~np.isnan(context.values("forward", "nll_mean")[rows])
+        keys = context.keys(rng)[rows]
+        made = cluster_rows(reader, COLUMNS, usable, keys, settings.n_clusters, settings.n_iter)
+        scores, labels = np.full(len(context.pool), np.nan), np.full(len(context.pool), -1)
+        labels[rows] = made.labels
+        for label, own, vectors in members(reader, COLUMNS, made.labels):
+            vectors = stream.unit(vectors)
+            cosines = (vectors @ torch.from_numpy(made.centroids[label])).numpy()
+            order = keep_order(cosines, settings.keep)
+            scores[rows[own[order]]] = -nearest_before(vectors[torch.from_numpy(order)])
+        return Scored(scores, {"cluster_labels": labels}, (made.note,))
