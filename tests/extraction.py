@@ -23,9 +23,10 @@ class World:
     model: Path
     pool_path: Path
     images: Path
+    base: Path | None = None
 
     def __post_init__(self):
-        self.proxy = load_vlm(self.model)
+        self.proxy = load_vlm(self.model, self.base)
         self.pool = Pool.open(self.pool_path)
 
     def extract(self, store, signal=None, rows=None, **options):
@@ -34,8 +35,8 @@ class World:
         signal = signal or Forward()
         return extract(signal, self.proxy, self.pool, rows, store, self.images, **options)
 
-    def command(self, store) -> list[str]:
-        return list(map(str, (WORKER, self.model, self.pool_path, self.images, store)))
+    def command(self, store, signal="forward") -> list[str]:
+        return list(map(str, (WORKER, self.model, self.pool_path, self.images, store, signal)))
 
 
 def columns(reader) -> dict[str, np.ndarray]:

@@ -85,12 +85,12 @@ class Gradients(Signal):
                 squares.add_(squared_norms(gradient))
                 sums.add_(project(gradient, name, self.dim, self.seed))
 
-            self.gradients(proxy, items, use)
+            self.compute_each(proxy, items, use)
             norm = squares.sqrt().float()
             found = {"gradient": (sums / norm[:, None]).half(), "norm": norm}
         return {name: tensor.cpu().numpy() for name, tensor in found.items()}
 
-    def gradients(self, proxy: Vlm, items: list[Prepared], use: Use) -> None:
+    def compute_each(self, proxy: Vlm, items: list[Prepared], use: Use) -> None:
         """Call `use` for every matrix, with the gradients of these samples, or Adam's steps."""
 
         def step(name: str, gradient: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""One rank of an extraction, for test_extract.py: `extract_worker.py MODEL POOL IMAGES STORE`."""
+"""One rank of an extraction: `extract_worker.py MODEL POOL IMAGES STORE SIGNAL`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from llava.vlm import load_vlm
 from selection.extract import extract
 from selection.pool import Pool
 from selection.signals.forward import Forward
+from selection.signals.gradients import Gradients
 
-model, pool_path, images, store = sys.argv[1:]
+SIGNALS = {"forward": Forward(), "gradients": Gradients(dim=256, rank=8)}
+
+model, pool_path, images, store, name = sys.argv[1:]
 torch.set_num_threads(1)
 pool = Pool.open(pool_path)
 rows = np.arange(len(pool))
-extract(Forward(), load_vlm(model), pool, rows, store, images, batch_size=7, block_size=6)
+extract(SIGNALS[name], load_vlm(model), pool, rows, store, images, batch_size=7, block_size=6)
