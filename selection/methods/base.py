@@ -137,8 +137,8 @@ class Method:
         return {}
 
     def checkpoints(self) -> dict[str, tuple[str, str | None]]:
-        """Checkpoint and base of the model that a signal is computed with, by the signal's name;
-        the others are computed with the proxy, `--model`."""
+        """Checkpoint and base (None: `--model_base`) of the model that a signal is computed with,
+        by the signal's name; the others are computed with the proxy, `--model`."""
         return {}
 
     def foreseen(self, pool: Pool) -> dict[str, Request]:

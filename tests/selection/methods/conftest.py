@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selection.methods.base import Context
+from selection.methods.base import Context, Task
 from selection.pool import Pool
 from selection.store import Column, StoreReader, StoreWriter
 
@@ -26,7 +26,7 @@ WORDINGS = {
 @dataclass
 class World:
     """Pool and signals; `forward` and `perturbed` hold arrays (N, ...) by pool row, `others` those
-    of further signals by their names."""
+    of further signals by their names; `targets` those of the target tasks by sub-task."""
 
     folder: Path
     pool: Pool
@@ -36,10 +36,13 @@ class World:
     others: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     bad: list[int] = field(default_factory=list)
     requested: list[np.ndarray] = field(default_factory=list)
+    targets: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
 
-    def store(self, name: str, arrays: dict, rows: np.ndarray, block_size: int) -> StoreReader:
+    def store(
+        self, name: str, arrays: dict, rows: np.ndarray, block_size: int, task: str = ""
+    ) -> StoreReader:
         columns = [Column(key, a.shape[1:], a.dtype.name) for key, a in arrays.items()]
-        identity = {"made for": "tests", "block_size": block_size}
+        identity = {"made for": f"tests {task}", "block_size": block_size}
         writer = StoreWriter.open(self.folder, name, identity, rows, columns, block_size)
         for i in writer.missing_blocks():
             mine = writer.block_rows(i)
@@ -54,6 +57,23 @@ class World:
         return Context(
             self.pool,
             {name: self.store(name, arrays, rows, block_size) for name, arrays in signals.items()},
+            tasks=self.tasks(block_size),
+            k=45,
+        )
+
+    def tasks(self, block_size: int) -> tuple[Task, ...]:
+        """Tasks a and b, whose sub-tasks are a, b/1 and b/2."""
+        readers = {
+            subtask: {
+                name: self.store(name, arrays, np.arange(12), block_size, subtask)
+                for name, arrays in signals.items()
+            }
+            for subtask, signals in self.targets.items()
+        }
+        names = {"a": ("a",), "b": ("b/1", "b/2")}
+        return tuple(
+            Task(task, 1.0, mine, {n: tuple(readers[s][n] for s in mine) for n in readers["a"]})
+            for task, mine in names.items()
         )
 
     def run(self, method, seed: int = 0, block_size: int = 16):
@@ -83,6 +103,7 @@ class World:
                 for name, arrays in self.others.items()
             },
             [int(np.flatnonzero(order == row)[0]) for row in self.bad],
+            targets=self.targets,
         )
 
 
@@ -119,7 +140,31 @@ def make_world(folder: Path, n: int = 150, seed: int = 0, formats=tuple(WORDINGS
     }
     pool = Pool.open(folder / "pool.json")
     more, others = make_more(np.random.default_rng([seed, 1]), centre, ~no_attack)
-    return World(folder, pool, kinds, {**vectors, **scalars, **more}, attack, others)
+    gradients = make_gradients(np.random.default_rng([seed, 2]), centre)
+    others |= dict.fromkeys(("gradients", "gradients_1", "noise_gradients"), gradients)
+    targets = {
+        name: make_target(np.random.default_rng([seed, 3, i]), centre[i])
+        for i, name in enumerate(("a", "b/1", "b/2"))
+    }
+    return World(
+        folder, pool, kinds, {**vectors, **scalars, **more}, attack, others, targets=targets
+    )
+
+
+def make_gradients(rng: np.random.Generator, centre: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of the gradients of samples that lie around `centre` (n, H)."""
+    vectors = np.tile(centre, 2) + rng.normal(size=(len(centre), 2 * H))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    norm = rng.exponential(size=len(centre)).astype(np.float32)
+    return {"gradient": unit.astype(np.float16), "norm": norm}
+
+
+def make_target(rng: np.random.Generator, centre: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """Signals of twelve samples of a sub-task, which lie around `centre` (H,)."""
+    centres = np.tile(centre, (12, 1))
+    states = (centres + rng.normal(size=(12, H))).astype(np.float16)
+    gradients = make_gradients(rng, centres)
+    return {"forward": {"last_state": states}, "gradients": gradients, "gradients_1": gradients}
 
 
 def make_more(
