@@ -10,6 +10,7 @@ from llava.errors import UsageError, run_main
 VERBS = {  # verb -> (module with a `main(args)`, what it does)
     "build": ("mini.build", "make the pool and the evaluation sets"),
     "warmup": ("mini.warmup", "train the proxy on 5 % of the pool, and measure it"),
+    "clip": ("mini.clip", "make the CLIP that CoIDO and the CLIP score read"),
     "captions": ("mini.captions", "write the pool's captions, which the projector is aligned with"),
     "score": ("mini.score", "accuracy of a checkpoint on the small multiple choice"),
     "report": ("mini.report", "what a selection took and left, by the pool's oracle labels"),

@@ -2,7 +2,7 @@
 
 Facts these writers reproduce: ScienceQA's text has "Context: " only where there is a hint; SEED's
 pictures have no file extension; MMBench's circular copies are rows `index + 1,000,000 * k` whose
-options are rotated; POPE's question and label files are matched by order within a category.
+options are rotated. The other benchmarks are in evalchoice and evalopen.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
-from collections.abc import Iterable
-from functools import cache
 
-from mini.evalsets import Choice, EvalSets, Open, Probe
-from mini.render import open_png
+from mini.evalchoice import aokvqa, arc, boolq, mmmu
+from mini.evalitems import Choice, EvalSets, Open
+from mini.evalopen import gqa, mme, pope, textvqa
+from mini.jsonfiles import as_json, as_jsonl, json_list
+from mini.render import jpeg
 from mini.samples import LETTER as LETTER_SUFFIX
-from mini.samples import LETTERS, SHORT, article, multiple_choice
+from mini.samples import LETTERS, SHORT, multiple_choice
 
 MMBENCH_EVERY = 2  # MMBench has four rows and a picture in the text for each question: half of mcq
 MMBENCH_COPY = 1_000_000
-_POPE_FIRST_ID = {"adversarial": 1, "random": 10_000_001, "popular": 20_000_001}
 _SEED_DATA = "SEED-Bench-image"
 _MMBENCH_COLUMNS = (
     "index question hint A B C D answer category image source l2-category comment split".split()
@@ -30,7 +29,9 @@ _MMBENCH_COLUMNS = (
 
 def evaluation_files(sets: EvalSets) -> dict[str, bytes]:
     """All files by their name under eval/."""
-    files = _scienceqa(sets.mixed) | _seed(sets.mcq) | _pope(sets.yesno)
+    files = _scienceqa(sets.mixed) | _seed(sets.mcq) | pope(sets.yesno)
+    files |= gqa(sets.open_ended) | textvqa(sets.printed) | mme(sets.claims)
+    files |= aokvqa(sets.knowledge) | mmmu(sets.exams) | arc(sets.facts) | boolq(sets.passages)
     chosen = sets.mcq[::MMBENCH_EVERY]
     files["mmbench/mmbench_dev_20230712.tsv"] = _mmbench(chosen, chinese=False)
     files["mmbench_cn/mmbench_dev_cn_20231003.tsv"] = _mmbench(chosen, chinese=True)
@@ -92,8 +93,8 @@ def _scienceqa(items: list[Choice]) -> dict[str, bytes]:
     splits = {"train": [], "val": [], "test": list(problems), "trainval": []}
     splits |= {"minitrain": [], "minival": [], "minitest": list(problems)[::10]}
     files["scienceqa/llava_test_CQM-A.json"] = json_list(records)
-    files["scienceqa/problems.json"] = _json(problems)
-    files["scienceqa/pid_splits.json"] = _json(splits)
+    files["scienceqa/problems.json"] = as_json(problems)
+    files["scienceqa/pid_splits.json"] = as_json(splits)
     return files
 
 
@@ -128,8 +129,8 @@ def _seed(items: list[Choice]) -> dict[str, bytes]:
             }
         )
         files[f"seed_bench/{_seed_picture(item)}"] = item.picture
-    files["seed_bench/llava-seed-bench.jsonl"] = _jsonl(asked)
-    files["seed_bench/SEED-Bench.json"] = _json({"questions": annotated, "question_type": types})
+    files["seed_bench/llava-seed-bench.jsonl"] = as_jsonl(asked)
+    files["seed_bench/SEED-Bench.json"] = as_json({"questions": annotated, "question_type": types})
     return files
 
 
@@ -156,59 +157,9 @@ def _mmbench_row(item: Choice, number: int, turn: int, chinese: bool) -> dict:
         **dict(zip("ABCD", rotated, strict=False)),
         "answer": LETTERS[(item.answer - turn) % n],
         "category": item.category,
-        "image": _jpeg(item.picture),
+        "image": base64.b64encode(jpeg(item.picture)).decode(),
         "source": "mini",
         "l2-category": "perception",
         "comment": "",
         "split": "dev",
     }
-
-
-@cache
-def _jpeg(picture: bytes) -> str:
-    """Base64 of the picture as JPEG, as in MMBench's own file."""
-    buffer = io.BytesIO()
-    open_png(picture).save(buffer, "JPEG", quality=92)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _pope(probes: list[Probe]) -> dict[str, bytes]:
-    """llava_pope_test.jsonl and, apart, the labels coco/coco_pope_{category}.json (JSON lines)."""
-    numbers = {picture: i for i, picture in enumerate(dict.fromkeys(p.picture for p in probes))}
-    asked, files = [], {}
-    labels: dict[str, list[dict]] = {category: [] for category in _POPE_FIRST_ID}
-    for probe in probes:
-        image = f"mini_val_{numbers[probe.picture]:06d}.png"
-        files[f"pope/val2014/{image}"] = probe.picture
-        text = f"Is there {article(probe.name)} in the image?"
-        place = len(labels[probe.category])
-        label = "yes" if probe.present else "no"
-        entry = {"question_id": place + 1, "image": image, "text": text, "label": label}
-        labels[probe.category].append(entry)
-        asked.append(
-            {
-                "question_id": _POPE_FIRST_ID[probe.category] + place,
-                "image": image,
-                "text": f"{text}\n{SHORT}",
-                "category": probe.category,
-            }
-        )
-    files["pope/llava_pope_test.jsonl"] = _jsonl(asked)
-    for category, entries in labels.items():
-        files[f"pope/coco/coco_pope_{category}.json"] = _jsonl(entries)
-    return files
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n"
-
-
-def _jsonl(entries: Iterable[dict]) -> bytes:
-    return "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries).encode()
-
-
-def json_list(records: Iterable[dict]) -> bytes:
-    """A JSON list with one record a line."""
-    return (
-        "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n]\n"
-    ).encode()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from mini.concepts import Emoji, rank
+from mini.evalclaims import make_claims, make_printed
+from mini.evalitems import Choice, EvalSets, Open, Probe
+from mini.evalknowledge import make_exams, make_facts, make_knowledge, make_passages
 from mini.recipes.drawings import KIND, WHOSE, kinds, neighbours
 from mini.recipes.emoji import CHOICE, CHOICE_ZH, Names
 from mini.recipes.facts import element_choices, elements, meaning, wrong_glosses
@@ -40,60 +42,21 @@ _LIKE = ({"cow", "dog", "horse", "sheep", "zebra", "bear", "cat"}, set(ANIMALS))
 _POPULAR = ("cat", "dog", "horse", "bird")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A multiple-choice question; `answer` indexes `options`. `zh` is the same in Chinese."""
-
-    id: str
-    category: str
-    question: str
-    options: tuple[str, ...]
-    answer: int
-    picture: bytes | None = None
-    hint: str = ""
-    zh: tuple[str, tuple[str, ...]] | None = None
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Whether an object is in the picture; `category` is random, popular or adversarial."""
-
-    category: str
-    name: str
-    present: bool
-    picture: bytes
-
-
-@dataclass(frozen=True)
-class Open:
-    """A question with a short free answer."""
-
-    id: str
-    category: str
-    question: str
-    answer: str
-    picture: bytes
-
-
-@dataclass(frozen=True)
-class EvalSets:
-    """All evaluation sets; `mcq` has Chinese twins, `mixed` has questions without a picture."""
-
-    mcq: list[Choice]
-    mixed: list[Choice]
-    yesno: list[Probe]
-    open_ended: list[Open]
-    unseen: list[Choice]
-
-    def pictures(self) -> set[bytes]:
-        """Every picture shown (PNG bytes)."""
-        items = [*self.mcq, *self.mixed, *self.yesno, *self.open_ended, *self.unseen]
-        return {item.picture for item in items if item.picture is not None}
-
-
 def make_evalsets(world: World) -> EvalSets:
     """Every set the packages at hand allow; without emoji, simple figures take their place."""
-    return EvalSets(_mcq(world), _mixed(world), _yesno(world), _open(world), _unseen(world))
+    return EvalSets(
+        mcq=_mcq(world),
+        mixed=_mixed(world),
+        yesno=_yesno(world),
+        open_ended=_open(world),
+        unseen=_unseen(world),
+        printed=make_printed(world, 100),
+        claims=make_claims(world, 30),
+        knowledge=make_knowledge(world, 80),
+        exams=make_exams(world, 16),
+        facts=make_facts(world, 60),
+        passages=make_passages(world, 60),
+    )
 
 
 def _mcq(world: World) -> list[Choice]:

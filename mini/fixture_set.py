@@ -12,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from mini.concepts import Emoji
-from mini.evalformats import evaluation_files, json_list
-from mini.evalsets import Choice, EvalSets, Open, Probe
+from mini.evalclaims import make_claims, make_printed
+from mini.evalformats import evaluation_files
+from mini.evalitems import Choice, Claim, EvalSets, Exam, Open, Probe
+from mini.evalknowledge import make_facts, make_passages, marks
 from mini.fetch import default_cache, fetch
+from mini.jsonfiles import json_list
 from mini.pool import write_files
 from mini.recipes import emoji, facts
-from mini.samples import Gallery, Sample, placed
+from mini.samples import LETTERS, Gallery, Sample, article, placed
 from mini.settings import PoolSettings
 from mini.world import World, load_world
 
@@ -82,15 +85,62 @@ def _evaluation(world: World) -> EvalSets:
             (other,) = names.wrong(e, 1, False, rng)
             yesno.append(Probe(category, e.en, True, picture))
             yesno.append(Probe(category, other.en, False, picture))
-    for number, e in enumerate(held_out):
-        picture = world.emoji[e.hexcode, "flat"]
-        open_ended.append(Open(f"open_{number:04d}", "object", emoji.CHOICE[1], e.en, picture))
+    for question in emoji.CHOICE[1:]:
+        for e in held_out + held_out[:1]:  # one is asked for more often: GQA-OOD's head
+            name, picture = f"open_{len(open_ended):04d}", world.emoji[e.hexcode, "flat"]
+            open_ended.append(Open(name, "object", question, e.en, picture))
     mixed = [replace(item, id=str(i + 1)) for i, item in enumerate(mcq[:4])]
     for text, options, position in facts.element_choices(facts.elements(world, True), 4, rng):
         number = str(len(mixed) + 1)
         hint = "This is about chemistry." if position == 0 else ""
         mixed.append(Choice(number, "natural science", text, tuple(options), position, hint=hint))
-    return EvalSets(mcq, mixed, yesno, open_ended, [])
+    return EvalSets(
+        mcq,
+        mixed,
+        yesno,
+        open_ended,
+        unseen=[],
+        printed=make_printed(world, 4),
+        claims=make_claims(world, 2) + _claims(world, held_out, names, rng),
+        knowledge=_knowledge(world, held_out, rng),
+        exams=_exams(world, held_out),
+        facts=make_facts(world, 20),
+        passages=make_passages(world, 4),
+    )
+
+
+def _claims(
+    world: World, shown: list[Emoji], names: emoji.Names, rng: random.Random
+) -> list[Claim]:
+    claims = []
+    for e in shown:
+        (other,) = names.wrong(e, 1, False, rng)
+        texts = (f"Is there {article(name)} in this image?" for name in (e.en, other.en))
+        claims.append(Claim("existence", world.emoji[e.hexcode, "flat"], *texts))
+    return claims
+
+
+def _knowledge(world: World, shown: list[Emoji], rng: random.Random) -> list[Choice]:
+    groups = sorted({e.group for e in world.concepts.emoji})
+    items = []
+    for position, e in enumerate(shown):
+        wrong = rng.sample([group for group in groups if group != e.group], 2)
+        options = tuple(placed(e.group, wrong, position))
+        picture = world.emoji[e.hexcode, "flat"]
+        items.append(
+            Choice("", "category", "Which category is this in?", options, position, picture)
+        )
+    return items
+
+
+def _exams(world: World, shown: list[Emoji]) -> list[Exam]:
+    """Which of all the pictures; the last question has no options."""
+    pictures = tuple(world.emoji[e.hexcode, "flat"] for e in shown)
+    exams = [
+        Exam("Art", f"Which picture shows {article(e.en)}?", marks(len(shown)), letter, pictures)
+        for e, letter in zip(shown, LETTERS, strict=False)
+    ]
+    return [*exams, Exam("Art", "What does <image 1> show?", (), shown[0].en, pictures[:1])]
 
 
 def _choice(gold: Emoji, wrong: list[Emoji], position: int, world: World, number: int) -> Choice:

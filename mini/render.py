@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
+from functools import cache
 from importlib.metadata import version
 from itertools import repeat
 from multiprocessing import get_context
@@ -127,6 +128,14 @@ def png(image: Image.Image) -> bytes:
     """PNG bytes; equal pixels give equal bytes, so their hash is a hash of the pixels."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+@cache
+def jpeg(picture: bytes) -> bytes:
+    """A PNG as JPEG, in which most benchmarks keep their pictures."""
+    buffer = io.BytesIO()
+    open_png(picture).save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
 
 

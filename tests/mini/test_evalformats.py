@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mini.evalformats import MMBENCH_COPY, evaluation_files
-from mini.evalsets import Choice, EvalSets, Open, Probe
+from mini.evalitems import Choice, EvalSets, Open, Probe
 from mini.render import SIZE, open_png, png
 
 
