@@ -36,6 +36,7 @@ if [ -n "$small_world" ]; then
   "$PYTHON" -m mini build --out "$world"
   "$PYTHON" -m mini warmup --data "$world" --out "$world/proxy"
   defaults=(--pool "$world/pool.json" --images "$world/images" --model "$world/proxy" --budget 0.3)
+  if grep -qs "^clip: $world/clip" "mini/${method[0]}.yaml"; then "$PYTHON" -m mini clip --data "$world" --out "$world/clip"; fi
   if [ -f "mini/${method[0]}.yaml" ]; then defaults=(--config "mini/${method[0]}.yaml" "${defaults[@]}"); fi
 fi
 # MLLM-Selector's proxy has learnt its seed set.

@@ -84,7 +84,8 @@ def extract(
     scored, UsageError when the image folder is missing, StorageError when the disk refuses.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    check_images(pool, rows, image_folder)
+    if signal.reads_images:
+        check_images(pool, rows, image_folder)
     ranks = ranks or Ranks()
     target = (signal.name, signal_identity(signal, proxy, pool, rows), rows, signal.columns(proxy))
     folder = store_folder(store_root, *target)
@@ -144,8 +145,8 @@ class Samples(Dataset):
             return Unusable(self.pool.bad[row])
         try:
             record = self.pool.record(row)
-            has_image = bool(self.pool.has_image[row])
-            image = self._open(record.image) if has_image else None
+            shown = self.signal.reads_images and bool(self.pool.has_image[row])
+            image = self._open(record.image) if shown else None
             sample = Sample(row, self.pool.uid(row), record, image)
             return self.signal.prepare(self.proxy, sample)
         except UserError as error:

@@ -51,7 +51,8 @@ def plan(
     them, None for signals that do not say), `batches`, and `seconds` on `world_size` processes.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    check_images(pool, rows, image_folder)
+    if signal.reads_images:
+        check_images(pool, rows, image_folder)
     columns = signal.columns(proxy)
     identity = signal_identity(signal, proxy, pool, rows)
     folder = store_folder(store_root, signal.name, identity, rows, columns)

@@ -98,7 +98,14 @@ class Selection:
             self._print_cost(name, name, request, self.pool, self.run.pool, True)
 
     def _print_cost(self, title, name, request, pool, where, at_most=False) -> None:
-        print_cost(title, request, pool, where, self.run.proxy, self._model(name), at_most)
+        signal, settings = request.signal, self.run.proxy
+        for part, (first, rows) in signal.before(pool, request.rows).items():
+            self._print_cost(f"{title} {part}", name, Request(first, rows), pool, where, at_most)
+        if signal.uses_proxy:
+            model = self._model(name)
+        else:
+            model = signal.open_model(pool, {}, settings.dtype, settings.device)
+        print_cost(title, request, pool, where, settings, model, at_most)
 
     def _where(self, target: Target) -> PoolSettings:
         return replace(self.run.pool, images=target.images)
@@ -124,7 +131,7 @@ class Selection:
             scored=scored,
             rows=chosen,
             config=dump({**self.run.flat, "out": str(out)}),
-            identity=self._identity(self.readers)["proxy"],
+            identity=self.proxy.identity() if "proxy" in vars(self) else None,
             signals={
                 **{name: _describe(reader) for name, reader in self.readers.items()},
                 **_describe_tasks(tasks),
@@ -172,7 +179,7 @@ class Selection:
         )
 
     def _extract(self, name: str, request: Request, pool: Pool, where: PoolSettings) -> StoreReader:
-        proxy = self._model(name)
+        proxy = self._model(name) if request.signal.uses_proxy else None
         with self._timed(f"signal {name}"):
             return extract_signal(
                 request.signal, request.rows, pool, where, self.run.proxy, self.ranks, proxy
@@ -184,7 +191,7 @@ class Selection:
         if name not in checkpoints:
             return self.proxy
         model, base = checkpoints[name]
-        wanted = replace(self.run.proxy, model=model, model_base=base)
+        wanted = replace(self.run.proxy, model=model, model_base=base or self.run.proxy.model_base)
         if self._other is None or self._other[0] != wanted:
             self._other = None  # free its memory first
             with self._timed("load proxy"):
@@ -194,17 +201,23 @@ class Selection:
     def _identity(self, signals: Mapping[str, Any]) -> dict[str, Any]:
         """What this run is: another value of any of these is another run (promise P10)."""
         others = self.run.method.checkpoints()
+        own = {name: s.identity() for name, s in signals.items() if not s.uses_proxy}
         identity = {
             "pool": {"sha256": self.pool.sha256, "n": len(self.pool), "limit": self.run.pool.limit},
             "method": self.run.method.name,
             "settings": export.plain_settings(self.run.method.settings),
             "budget": self.k,
             "seed": self.run.select.seed,
-            "proxy": self.proxy.identity() if set(signals) - set(others) else None,
+            "proxy": self.proxy.identity() if set(signals) - set(others) - set(own) else None,
             "schema": SCHEMA,
         }
+        if own:
+            identity["signals"] = own
         if others:
-            identity["checkpoints"] = {name: fingerprint(*where) for name, where in others.items()}
+            base = self.run.proxy.model_base
+            identity["checkpoints"] = {
+                name: fingerprint(path, own or base) for name, (path, own) in others.items()
+            }
         if self.targets:
             identity["targets"] = [target.identity() for target in self.targets]
         return identity
@@ -244,7 +257,16 @@ def extract_signal(
     ranks: Ranks,
     proxy: Vlm | None = None,
 ) -> StoreReader:
-    """Compute what is missing of `signal` on pool `rows` (n,) with the given settings."""
+    """Compute what is missing of `signal` on pool `rows` (n,) with the given settings.
+
+    Without `proxy` it is the model that the settings name, or the signal's own.
+    """
+    if not signal.uses_proxy:
+        readers = {
+            name: extract_signal(first, its_rows, pool, where, settings, ranks)
+            for name, (first, its_rows) in signal.before(pool, rows).items()
+        }
+        proxy = signal.open_model(pool, readers, settings.dtype, settings.device)
     return extract(
         signal,
         proxy or open_proxy(settings),

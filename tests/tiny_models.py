@@ -174,6 +174,33 @@ BUILDERS = {
 }
 
 
+def save_clip(folder: Path) -> Path:
+    """CLIP with a text tower of 77 positions: 28 pixels, features of 24 numbers."""
+    tokenizer = _byte_tokenizer(["<|startoftext|>"], bos=None, eos="<|endoftext|>")
+    start, end = tokenizer.convert_tokens_to_ids(["<|startoftext|>", "<|endoftext|>"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>",
+        special_tokens=[("<|startoftext|>", start), ("<|endoftext|>", end)],
+    )
+    tower = {**TEXT, "max_position_embeddings": 77}
+    del tower["num_key_value_heads"]
+    config = hf.CLIPConfig(
+        text_config={
+            **tower,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": start,
+            "eos_token_id": end,
+            "pad_token_id": end,
+        },
+        vision_config={**VISION, "image_size": 28, "patch_size": 7},
+        projection_dim=24,
+    )
+    _save_model(hf.CLIPModel, config, folder)
+    _save_clip_processor(folder, 28)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def save_pool(folder: Path, n: int, seed: int = 0) -> tuple[Path, Path]:
     """`n` records of mixed length, every fourth text-only, with images of mixed shape.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -13,6 +14,8 @@ from selection.store import Column
 
 if TYPE_CHECKING:
     from llava.data import Record
+    from selection.pool import Pool
+    from selection.store import StoreReader
 
 
 class Item(Protocol):
@@ -50,6 +53,10 @@ class Signal:
     """Raised whenever the code changes the numbers."""
     may_be_nan: ClassVar[tuple[str, ...]] = ()
     """Columns in which NaN means "does not apply" rather than a failed computation."""
+    uses_proxy: ClassVar[bool] = True
+    """False: computed with what `open_model` returns."""
+    reads_images: ClassVar[bool] = True
+    """False: the samples are prepared without their images."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers besides proxy and pool."""
@@ -58,6 +65,19 @@ class Signal:
     def reads(self, proxy: Vlm) -> dict[str, Any]:
         """What decides the numbers and comes with the proxy, but is no part of its identity."""
         return {}
+
+    def before(self, pool: Pool, rows: np.ndarray) -> dict[str, tuple[Signal, np.ndarray]]:
+        """Signals that `open_model` reads, by name, and the pool rows they are wanted on."""
+        return {}
+
+    def open_model(
+        self, pool: Pool, readers: Mapping[str, StoreReader], dtype: str, device: str
+    ) -> Any:
+        """What is handed to the other functions in the place of the proxy; it has `identity()`.
+
+        `readers` are those of `before`; an estimate of the cost comes without any.
+        """
+        raise NotImplementedError
 
     def columns(self, proxy: Vlm) -> list[Column]:
         """Names, shapes and dtypes of what `compute` returns."""

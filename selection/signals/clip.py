@@ -1,0 +1,282 @@
+"""CLIP features of image and text, and their cosine: the CLIP score (Hessel et al. 2021).
+
+Columns, D the width of the space that image and text share:
+
+    image_features (D,)  unit; zero for a text-only sample
+    text_features  (D,)  unit
+    clip_score           their cosine, -1 to 1; NaN, "does not apply", for a text-only sample
+
+The text is the conversation, "USER: ... ASSISTANT: ...", without `<image>`, cut at the model's
+77 tokens (as in CoIDO's code). Images are a signal of their own, `ClipImages`, with one row per
+distinct image: one that many samples share is decoded and encoded once.
+
+The model is transformers' CLIPModel. No number depends on batch size or order (`llava.vlm.base`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+
+from llava.conversation import IMAGE_TOKEN
+from llava.errors import DataError, UsageError
+from llava.model.checkpoint import fingerprint
+from llava.model.weights import find_directory
+from llava.vlm import pick_device, pick_dtype
+from llava.vlm.base import MIN_ROWS, StableRows
+from selection.signals.base import Sample, Signal
+from selection.store import Column, StoreReader
+
+if TYPE_CHECKING:
+    from llava.data import Record
+    from selection.pool import Pool
+
+DEFAULT = "openai/clip-vit-large-patch14"
+_SPEAKERS = {"human": "USER", "gpt": "ASSISTANT"}
+_QUANTUM = 8  # texts are padded to a multiple of so many tokens
+
+
+class ClipModel:
+    """A CLIP checkpoint: model, tokenizer and image processor."""
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+        safely = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            self.model = transformers.CLIPModel.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, **safely
+            )
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safely)
+            # Never the torchvision-backed one, which gives other pixels.
+            self.processor = transformers.CLIPImageProcessorPil.from_pretrained(path, **safely)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UsageError(
+                f"{path}: no CLIP with tokenizer and image processor can be read ({reason[0]})"
+            ) from error
+        self.model.to(device).eval()
+        self.width: int = self.model.config.projection_dim
+        self.max_length: int = self.model.config.text_config.max_position_embeddings
+
+    @property
+    def stored_dtype(self) -> str:
+        return "float32" if self.model.dtype == torch.float32 else "float16"
+
+    def identity(self) -> dict[str, Any]:
+        """What decides numbers besides the checkpoint, JSON-serialisable."""
+        return {
+            "kind": "clip",
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            **{m.__name__: ".".join(m.__version__.split(".")[:2]) for m in (torch, transformers)},
+        }
+
+    def pixels(self, image: Any) -> Tensor:
+        """(3, H, W) float32 of a PIL image."""
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+
+    def tokens(self, text: str) -> Tensor:
+        """(L,) int64, cut at the model's length, its end token kept."""
+        ids = self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
+        return torch.tensor(ids)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Unit features (B, D) float32 of `pixels` (B, 3, H, W)."""
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        with StableRows():
+            return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
+
+    def encode_texts(self, ids: list[Tensor]) -> Tensor:
+        """Unit features (B, D) float32 of tokenised texts.
+
+        The text model is causal and read at the end token: what is padded behind it does not count.
+        """
+        length, end = max(map(_padded, ids)), self.tokenizer.eos_token_id
+        rows = [F.pad(row, (0, min(length, self.max_length) - len(row)), value=end) for row in ids]
+        with StableRows():
+            found = self.model.get_text_features(torch.stack(rows).to(self.model.device))
+        return _unit(found.pooler_output)
+
+
+@dataclass
+class WithImages:
+    """What `Clip` is computed with: the model, and the features of the pool's images.
+
+    Without `images`, for an estimate of the cost, every sample counts as text.
+    """
+
+    clip: ClipModel
+    pool: Pool
+    images: StoreReader | None
+
+    def __post_init__(self) -> None:
+        rows = np.zeros(0, np.int64) if self.images is None else self.images.rows
+        self.owner = image_owner(self.pool, rows)
+        position = {row: i for i, row in enumerate(rows.tolist())}
+        notes = [] if self.images is None else self.images.bad
+        self.bad = {position[note["row"]]: note["reason"] for note in notes}
+
+    def identity(self) -> dict[str, Any]:
+        return self.clip.identity()
+
+
+@dataclass
+class ClipItem:
+    """A prepared sample: pixels (3, H, W), or token ids (L,) and the store row of its image."""
+
+    tensor: Tensor
+    image: int = -1
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a text; of an image about the patches of ViT-L/14."""
+        return _padded(self.tensor) if self.tensor.ndim == 1 else self.tensor[0].numel() // 14**2
+
+    @property
+    def key(self) -> tuple:
+        return (self.tensor.ndim, self.n_tokens, *self.tensor.shape[1:])
+
+
+@dataclass(frozen=True)
+class ClipImages(Signal):
+    """Column `image_features` (D,): the image features of a sample."""
+
+    name: ClassVar[str] = "clip_images"
+    uses_proxy: ClassVar[bool] = False
+
+    model: str = DEFAULT
+    """CLIP checkpoint: a directory or a hub name"""
+
+    def identity(self) -> dict[str, Any]:
+        return _identity(self)
+
+    def open_model(
+        self, pool: Pool, readers: Mapping[str, StoreReader], dtype: str, device: str
+    ) -> ClipModel:
+        return load_clip(self.model, dtype, device)
+
+    def columns(self, proxy: ClipModel) -> list[Column]:
+        return [Column("image_features", (proxy.width,), proxy.stored_dtype)]
+
+    def prepare(self, proxy: ClipModel, sample: Sample) -> ClipItem:
+        return ClipItem(proxy.pixels(sample.image))
+
+    def compute(self, proxy: ClipModel, items: list[ClipItem]) -> dict[str, np.ndarray]:
+        found = proxy.encode_images(torch.stack([item.tensor for item in items]))
+        return {"image_features": found.cpu().numpy().astype(proxy.stored_dtype)}
+
+
+@dataclass(frozen=True)
+class Clip(Signal):
+    """Image features, text features and CLIP score of every sample."""
+
+    name: ClassVar[str] = "clip"
+    uses_proxy: ClassVar[bool] = False
+    reads_images: ClassVar[bool] = False
+    may_be_nan: ClassVar[tuple[str, ...]] = ("clip_score",)
+
+    model: str = DEFAULT
+    """CLIP checkpoint: a directory or a hub name"""
+
+    def identity(self) -> dict[str, Any]:
+        return _identity(self)
+
+    def before(self, pool: Pool, rows: np.ndarray) -> dict[str, tuple[Signal, np.ndarray]]:
+        return {"images": (ClipImages(self.model), distinct_images(pool, rows))}
+
+    def open_model(
+        self, pool: Pool, readers: Mapping[str, StoreReader], dtype: str, device: str
+    ) -> WithImages:
+        return WithImages(load_clip(self.model, dtype, device), pool, readers.get("images"))
+
+    def columns(self, proxy: WithImages) -> list[Column]:
+        width, dtype = proxy.clip.width, proxy.clip.stored_dtype
+        features = [Column(name, (width,), dtype) for name in ("image_features", "text_features")]
+        return [*features, Column("clip_score", (), "float32")]
+
+    def prepare(self, proxy: WithImages, sample: Sample) -> ClipItem:
+        image = int(proxy.owner[sample.row])
+        if image in proxy.bad:
+            raise DataError(proxy.bad[image])
+        return ClipItem(proxy.clip.tokens(text_of(sample.record)), image)
+
+    def compute(self, proxy: WithImages, items: list[ClipItem]) -> dict[str, np.ndarray]:
+        clip, owner = proxy.clip, np.array([item.image for item in items])
+        texts = clip.encode_texts([item.tensor for item in items]).cpu().numpy()
+        pictures, shown = np.zeros_like(texts), owner >= 0
+        if shown.any():
+            pictures[shown] = proxy.images.take("image_features", owner[shown])
+        scores = cosine(pictures, texts)
+        scores[~shown] = np.nan
+        return {
+            "image_features": pictures.astype(clip.stored_dtype),
+            "text_features": texts.astype(clip.stored_dtype),
+            "clip_score": scores,
+        }
+
+
+@lru_cache(maxsize=1)
+def load_clip(name: str, dtype: str, device: str) -> ClipModel:
+    """The checkpoint `name`, read once per process; UsageError when it cannot be read."""
+    where = pick_device(device)
+    return ClipModel(find_directory(name), pick_dtype(dtype, where), where)
+
+
+@lru_cache
+def checkpoint_content(name: str) -> str:
+    """Fingerprint of the files of checkpoint `name`; UsageError when there is none."""
+    return fingerprint(find_directory(name))
+
+
+def text_of(record: Record) -> str:
+    """The whole conversation on one line, without `<image>`."""
+    turns = [
+        f"{_SPEAKERS[turn.from_]}: {turn.value.replace(IMAGE_TOKEN, '').strip()}"
+        for turn in record.conversations
+    ]
+    return " ".join(turns)
+
+
+def cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Row by row, of unit or zero rows (B, D): (B,) float32, each a function of its own row."""
+    return np.array([a @ b for a, b in zip(left, right, strict=True)], np.float32).clip(-1, 1)
+
+
+def distinct_images(pool: Pool, rows: np.ndarray) -> np.ndarray:
+    """The first of `rows` (n,) with each image, in that order, (u,) int64.
+
+    Images are the same when their references are.
+    """
+    firsts: dict[str, int] = {}
+    for row in rows[pool.has_image[rows]].tolist():
+        firsts.setdefault(pool.record(row).image, row)
+    return np.array(list(firsts.values()), np.int64)
+
+
+def image_owner(pool: Pool, firsts: np.ndarray) -> np.ndarray:
+    """By pool row (N,) int64 the position in `firsts` of the row with the same image, else -1."""
+    position = {pool.record(row).image: i for i, row in enumerate(firsts.tolist())}
+    owner = np.full(len(pool), -1)
+    for row in np.flatnonzero(pool.has_image).tolist():
+        owner[row] = position.get(pool.record(row).image, -1)
+    return owner
+
+
+def _identity(signal: Signal) -> dict[str, Any]:
+    """The checkpoint enters with its content, so where it lies does not count."""
+    return {"checkpoint": checkpoint_content(signal.model), "schema": signal.schema}
+
+
+def _padded(ids: Tensor) -> int:
+    return max(MIN_ROWS, -(-len(ids) // _QUANTUM) * _QUANTUM)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1)
