@@ -10,7 +10,8 @@ import torch
 import transformers as hf
 
 from llava.eval import choices
-from llava.eval.choices import can_share, common_prefix, run_together, score
+from llava.eval.choices import run_together, score
+from llava.eval.prefix import can_share, common_prefix
 from llava.tokens import IGNORE_INDEX
 from tests.tiny_models import TEXT, VISION
 
