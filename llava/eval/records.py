@@ -11,7 +11,7 @@ again. Two processes may finish the same unit; one of the lines is used, and the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -102,9 +102,9 @@ class Parts:
         self._read: dict[Path, int] = {}  # bytes of each file that are known
         self._places: dict[int, tuple[Path, int, int]] = {}  # unit: file, offset, length
 
-    def add(self, unit: Unit) -> None:
-        """Keep a unit; it is on the disk when this returns."""
-        files.append_line(self._own, msgspec.json.encode(unit))
+    def add(self, units: Iterable[Unit]) -> None:
+        """Keep some units; they are on the disk when this returns."""
+        files.append_line(self._own, b"\n".join(map(msgspec.json.encode, units)))
 
     def refresh(self) -> set[int]:
         """The units that are finished by now."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -146,11 +147,22 @@ class Evaluation:
         wanted = Path(self.settings.out), self.settings.force_new
         out, finished = claim_folder(wanted, self._identity())
         if not finished:
+            self._note_equal_symbols()
             parts = Parts(out / "parts", self.rank)
             self._ask_missing(parts)
             if not (out / "manifest.json").exists():
                 self._finish(out, parts)
         return out
+
+    def _note_equal_symbols(self) -> None:
+        for symbols in self.plan.symbols if self.rank == 0 else ():
+            n = max(len(item.question.options) for item in self.items)
+            if len({self.vlm.first_token(symbol) for symbol in symbols[:n]}) < n:
+                print(
+                    f"note: some of {symbols[:n]} begin with the same token in this model, so the "
+                    "reading logit cannot tell them apart",
+                    file=sys.stderr,
+                )
 
     def _ask_missing(self, parts: Parts) -> None:
         done = parts.refresh()
@@ -160,8 +172,7 @@ class Evaluation:
             while len(done) < len(self.units):
                 missing = [unit for unit in range(len(self.units)) if unit not in done]
                 start = self.rank % self.world_size * len(missing) // self.world_size
-                for unit in self._ask(missing[start : start + size]):
-                    parts.add(unit)
+                parts.add(self._ask(missing[start : start + size]))
                 before, done = len(done), parts.refresh()
                 progress.advance(len(done) - before)
 

@@ -33,10 +33,10 @@ def unit(number, text="A"):
 def test_units_of_all_processes_are_seen(tmp_path):
     first, second = Parts(tmp_path, 0), Parts(tmp_path, 1)
     assert first.refresh() == set()
-    first.add(unit(0))
-    second.add(unit(2))
+    first.add([unit(0)])
+    second.add([unit(2)])
     assert first.refresh() == second.refresh() == {0, 2}
-    second.add(unit(1))
+    second.add([unit(1)])
     assert first.refresh() == {0, 1, 2} == Parts(tmp_path, 5).refresh()
     assert [first[number] for number in range(3)] == [unit(number) for number in range(3)]
 
@@ -44,15 +44,15 @@ def test_units_of_all_processes_are_seen(tmp_path):
 @pytest.mark.parametrize("kept", [0, 1, 30, -2, -1])
 def test_a_torn_line_is_dropped_and_does_not_spoil_the_next(tmp_path, kept):
     parts = Parts(tmp_path, 0)
-    parts.add(unit(0))
+    parts.add([unit(0)])
     size = (tmp_path / "0.jsonl").stat().st_size
-    parts.add(unit(1))
+    parts.add([unit(1)])
     content = (tmp_path / "0.jsonl").read_bytes()
     (tmp_path / "0.jsonl").write_bytes(content[:size] + content[size:][:kept])
     parts = Parts(tmp_path, 0)
     assert parts.refresh() == {0}
-    parts.add(unit(2))
-    parts.add(unit(1))
+    parts.add([unit(2)])
+    parts.add([unit(1)])
     assert parts.refresh() == Parts(tmp_path, 3).refresh() == {0, 1, 2}
     assert parts[1] == unit(1) and parts[2] == unit(2)
 
@@ -61,7 +61,7 @@ def test_a_torn_line_is_dropped_and_does_not_spoil_the_next(tmp_path, kept):
 def test_a_process_that_dies_writing_leaves_whole_units(tmp_path, fault):
     """At every operation of the second of three units."""
     with faulty_os() as calls:
-        Parts(tmp_path / "count", 0).add(unit(0))
+        Parts(tmp_path / "count", 0).add([unit(0)])
     per_unit = len(calls.calls)
     for at in range(per_unit, 2 * per_unit - 1):
         folder = tmp_path / f"at {at}"
@@ -70,7 +70,7 @@ def test_a_process_that_dies_writing_leaves_whole_units(tmp_path, fault):
             with faulty_os(at, fault):
                 parts = Parts(folder, 0)
                 for number in range(3):
-                    parts.add(unit(number))
+                    parts.add([unit(number)])
 
         assert in_child(work) != 0
         parts = Parts(folder, 0)
@@ -82,14 +82,20 @@ def test_a_process_that_dies_writing_leaves_whole_units(tmp_path, fault):
 def test_of_two_lines_of_a_unit_one_is_used(tmp_path):
     parts = [Parts(tmp_path, rank) for rank in range(2)]
     for part in parts:
-        part.add(unit(0))
+        part.add([unit(0)])
     assert parts[0].refresh() == {0} and parts[0][0] == unit(0)
+
+
+def test_units_of_one_batch(tmp_path):
+    Parts(tmp_path, 0).add([unit(0), unit(1)])
+    parts = Parts(tmp_path, 0)
+    assert parts.refresh() == {0, 1} and [parts[0], parts[1]] == [unit(0), unit(1)]
 
 
 def test_an_attack_file_gives_its_records_back(tmp_path):
     parts = Parts(tmp_path / "parts", 0)
     for number in (2, 0, 1):
-        parts.add(unit(number))
+        parts.add([unit(number)])
     parts.refresh()
     write_attacks(tmp_path / "attacks.jsonl", HEAD, parts, 3)
     head, records = read_attacks(tmp_path / "attacks.jsonl")

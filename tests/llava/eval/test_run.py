@@ -166,6 +166,12 @@ def test_another_run_does_not_get_the_folder(reference, plain):
         Evaluation(other).execute()
 
 
+def test_symbols_that_the_model_cannot_tell_apart_are_noted(again, capsys):
+    """The tiny vocabulary spells W and E by their bytes, after one token for both."""
+    Evaluation(again(limit=1)).execute()
+    assert "note: some of QWE begin with the same token in this model" in capsys.readouterr().err
+
+
 # ---- processes
 
 
