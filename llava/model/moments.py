@@ -43,6 +43,9 @@ def read_moments(folder: Path, adapter: Mapping[str, LowRank], device: torch.dev
             "without DeepSpeed, give that as --model"
         )
     content = read_pickle(path)
+    group = content["param_groups"][0]
+    if "betas" not in group:
+        raise UsageError(f"{path}: not of Adam; train with --optim adamw_torch")
     names = [f"{name}.lora_{half}" for name in adapter for half in "AB"]
     shapes = [tuple(t.shape) for factors in adapter.values() for t in (factors.down, factors.up)]
     order = itertools.chain(*(group["params"] for group in content["param_groups"]))
@@ -53,7 +56,6 @@ def read_moments(folder: Path, adapter: Mapping[str, LowRank], device: torch.dev
             f"{path}: holds Adam's moments of {len(states)} matrices shaped like the adapter's, "
             f"which has {len(shapes)}; copy both from the same checkpoint-N"
         )
-    group = content["param_groups"][0]
     return Moments(
         first=_by_name(names, states, "exp_avg", device),
         second=_by_name(names, states, "exp_avg_sq", device),

@@ -60,6 +60,8 @@ class LlavaVlm(Vlm):
 
     @cached_property
     def moments(self) -> Moments:
+        if not self.adapter:
+            return super().moments
         return read_moments(self.folder, self.adapter, self.device)
 
     def prepare(self, record: Record, image: Image | None) -> Prepared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import signal as signals
@@ -91,6 +92,63 @@ def test_products_estimate_cosines(adapted, tmp_path):
 
 def _pair(given: Sample):
     return given.record, given.image
+
+
+# ---- Adam ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stepped(adapted):
+    """The adapted world's checkpoint with an optimizer.pt of two earlier steps of AdamW."""
+    world, model = adapted
+    wanted = factors(model)
+    optimizer = torch.optim.AdamW(list(wanted.values()), lr=0.0, betas=(0.8, 0.95), eps=1e-6)
+    for row in (1, 2):
+        item = world.proxy.prepare(*_pair(sample(world, row)))
+        for name, gradient in slow_gradient(model, world, item).items():
+            wanted[name].grad = gradient
+        optimizer.step()
+    torch.save(optimizer.state_dict(), world.model / "optimizer.pt")
+    return replace(world), model, optimizer
+
+
+def test_adam_is_the_step_of_one_sample_alone(stepped):
+    """m' and v' as the optimizer itself has them after a step on the sample; eps in the root."""
+    world, model, optimizer = stepped
+    wanted = factors(model)
+    before = copy.deepcopy(optimizer.state_dict())
+    for row in (3, 4):  # each from the same moments
+        item = world.proxy.prepare(*_pair(sample(world, row)))
+        found = {}
+        Gradients(kind="adam").compute_each(world.proxy, [item], found.__setitem__)
+        optimizer.load_state_dict(copy.deepcopy(before))
+        for name, gradient in slow_gradient(model, world, item).items():
+            wanted[name].grad = gradient
+        optimizer.step()
+        for name, parameter in wanted.items():
+            state = optimizer.state[parameter]
+            expected = state["exp_avg"] / (state["exp_avg_sq"] + 1e-6).sqrt()
+            distance = (found[name][0] - expected).norm() / expected.norm()
+            assert distance < 1e-4, name  # the root enlarges rounding where v is small
+
+
+def test_optimizer_state_is_part_of_the_identity(stepped):
+    world, rows = stepped[0], np.arange(3)
+    adam, plain = (Gradients(kind=kind) for kind in ("adam", "sgd"))
+    identities = [signal_identity(s, world.proxy, world.pool, rows) for s in (adam, plain)]
+    path = world.model / "optimizer.pt"
+    content = torch.load(path, weights_only=True)
+    content["state"][0]["exp_avg"] += 1
+    torch.save(content, path)
+    other = load_vlm(world.model, world.base)
+    assert signal_identity(adam, other, world.pool, rows) not in identities
+    assert signal_identity(plain, other, world.pool, rows) == identities[1]
+
+
+def test_adam_needs_a_lora_and_its_optimizer(world):
+    item = Gradients().prepare(world.proxy, sample(world, 1))
+    with pytest.raises(UsageError, match="no LoRA checkpoint"):
+        Gradients(kind="adam").compute(world.proxy, [item])
 
 
 # ---- settings ------------------------------------------------------------------------------------
