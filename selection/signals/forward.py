@@ -21,15 +21,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava.errors import DataError
 from llava.tokens import IGNORE_INDEX
-from llava.vlm.base import Batch, ForwardOut, Prepared, Vlm
-from selection.signals.base import Sample, Signal
+from llava.vlm.base import Batch, ForwardOut, Vlm
+from selection.signals.onepass import OnePass
 from selection.store import Column
 
 VOCABULARY_CHUNK = 8192
@@ -47,7 +45,7 @@ class TokenScores(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Forward(Signal):
+class Forward(OnePass):
     """The forward signals. No settings: every method that reads any of them shares one store."""
 
     name: ClassVar[str] = "forward"
@@ -57,18 +55,8 @@ class Forward(Signal):
         scalars = [Column(name, (), "float32") for name in SCALARS]
         return [*states, *scalars, Column("n_tokens", (), "int32")]
 
-    def prepare(self, proxy: Vlm, sample: Sample) -> Prepared:
-        item = proxy.prepare(sample.record, sample.image)
-        if not bool((item.labels[1:] != IGNORE_INDEX).any()):
-            raise DataError(f"no answer token within the first {proxy.max_length} tokens")
-        return item
-
-    def compute(self, proxy: Vlm, items: list[Prepared]) -> dict[str, np.ndarray]:
-        batch = proxy.collate(items)
-        found = forward_columns(proxy, batch, proxy.forward(batch))
-        dtypes = {column.name: column.dtype for column in self.columns(proxy)}
-        with np.errstate(over="ignore"):  # what float16 cannot hold becomes inf: quarantined
-            return {name: t.cpu().numpy().astype(dtypes[name]) for name, t in found.items()}
+    def read(self, proxy: Vlm, batch: Batch, out: ForwardOut, seen: None) -> dict[str, Tensor]:
+        return forward_columns(proxy, batch, out)
 
 
 def forward_columns(proxy: Vlm, batch: Batch, out: ForwardOut) -> dict[str, Tensor]:
