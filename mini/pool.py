@@ -1,4 +1,4 @@
-"""Builds the small real world: pool.json, images/, eval/ and ATTRIBUTION.md in one folder.
+"""Builds the small real world: pool, images, evaluation sets and target tasks in one folder.
 
 Same packages, settings and seed: same bytes. The marker `build.json` is written last; with it in
 place a second build has nothing to do, without it everything but downloads and pictures is redone.
@@ -33,9 +33,10 @@ from mini.recipes import drawings, emoji, facts, figures
 from mini.render import RASTERISER
 from mini.samples import Gallery, Sample
 from mini.settings import PoolSettings
+from mini.targets import target_files
 from mini.world import World, load_world
 
-VERSION = 4  # of what the recipes make; raise it when their output changes
+VERSION = 5  # of what the recipes make; raise it when their output changes
 MARKER = "build.json"
 
 
@@ -93,12 +94,14 @@ def build(out: str | Path, cache: str | Path, seed: int, settings: PoolSettings)
     sets = make_evalsets(world)
     clock.stage("evaluation")
     samples, gallery = make_samples(world, sets, seed, settings)
+    targets = target_files(world, sets, gallery)
     clock.stage("samples")
     pool = json_list(samples)
     _clear(out)
     evaluation = evaluation_files(sets)
     write_files(out / "images", dict(sorted(gallery.items())))
     write_files(out / "eval", evaluation)
+    write_files(out / "targets", targets)
     atomic_write(out / "ATTRIBUTION.md", attribution())
     atomic_write(out / "pool.json", pool)
     marker = {
@@ -109,6 +112,7 @@ def build(out: str | Path, cache: str | Path, seed: int, settings: PoolSettings)
         "pool_sha256": hashlib.sha256(pool).hexdigest(),
         "images": _tally(out / "images"),
         "files": {name: len(content) for name, content in evaluation.items()},
+        "targets": {name: len(content) for name, content in targets.items()},
     }
     sweep(out)
     atomic_write(out / MARKER, json.dumps(marker, indent=1).encode())
@@ -126,6 +130,7 @@ def already_built(out: Path, identity: dict) -> dict | None:
         if marker["identity"] != identity or marker["images"] != _tally(out / "images"):
             return None
         sizes = {out / "eval" / name: size for name, size in marker["files"].items()}
+        sizes |= {out / "targets" / name: size for name, size in marker["targets"].items()}
         sizes[out / "pool.json"] = marker["pool_size"]
         return marker if all(path.stat().st_size == n for path, n in sizes.items()) else None
     except (OSError, ValueError, KeyError):
@@ -180,7 +185,7 @@ def _clear(out: Path) -> None:
     """Remove what an earlier build of other settings left, the marker first."""
     make_folder(out)
     remove(out / MARKER)
-    for name in ("images", "eval"):
+    for name in ("images", "eval", "targets"):
         with storage_errors(out / name):
             if (out / name).exists():
                 shutil.rmtree(out / name)

@@ -12,12 +12,14 @@ import xxhash
 from PIL import Image
 
 from mini.clipart import ClipArt, load_clipart
-from mini.concepts import Concepts, load_concepts
+from mini.concepts import Concepts, Emoji, load_concepts, rank
 from mini.fetch import Sources, load_arrays
 from mini.render import rasterise
 
 ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
-N_SHAPES = {"train": 1500, "evaluation": 400}  # easy-VQA pictures used, about ten questions each
+SHAPES = {"train": range(1500), "evaluation": range(400), "target": range(400, 500)}
+"""easy-VQA pictures used of its train part, for the others of its test part; ten questions each"""
+N_TARGETS = 320  # 3D drawings of training concepts, which training does not show, for target tasks
 _HELD_OUT = 0.2  # share of silhouettes and digits that only evaluation sees
 _ANIMAL_FILES = "animal_mnist/data/Animal_MNIST/animal_{}_version_3.gz"
 _SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -29,7 +31,7 @@ class World:
 
     `emoji[hexcode, style]`, `flags[code]` (flat, for training) and `waving[code]` (3D, for
     evaluation) are PNG bytes. `clipart`, `shapes`, `animals` and `digits` are keyed by the split,
-    "train" or "evaluation": no picture is in both.
+    "train" or "evaluation" (of `shapes` also "target"): no picture is in two.
     """
 
     concepts: Concepts
@@ -57,7 +59,7 @@ def load_world(sources: Sources, cache: str | Path | None = None) -> World:
     """
     world = World(load_concepts(sources))
     clipart = load_clipart(sources) if sources.has("clipart") else []
-    shapes = {split: _shape_files(sources, split) for split in N_SHAPES}
+    shapes = {split: _shape_files(sources, split) for split in SHAPES}
     drawings = _emoji_drawings(sources, world.concepts) | _flag_drawings(sources, world.concepts)
     for split, (_, files) in shapes.items():
         drawings |= {f"shapes/{split}/{number}": raw for number, raw in files.items()}
@@ -76,12 +78,12 @@ def load_world(sources: Sources, cache: str | Path | None = None) -> World:
 
 
 def _emoji_drawings(sources: Sources, concepts: Concepts) -> dict[str, bytes]:
-    """Training styles of every emoji, and the 3D style of those that evaluation asks about."""
+    """Training styles of every emoji, and the 3D style of those that others ask about."""
     if not concepts.emoji:
         return {}
-    drawings, wanted = {}, {}
+    drawings, wanted, targets = {}, {}, target_emoji(concepts)
     for emoji in concepts.emoji:
-        if emoji.role != "train":
+        if emoji.role != "train" or emoji in targets:
             wanted[emoji.icons["3d"]] = f"emoji/{emoji.hexcode}/3d"
     for style in ("noto", "flat"):
         (raw,) = sources.read(style, "package/icons.json")
@@ -94,6 +96,12 @@ def _emoji_drawings(sources: Sources, concepts: Concepts) -> dict[str, bytes]:
                 drawings[f"emoji/{emoji.hexcode}/{style}"] = svg.encode()
     found = dict(sources.members("3d", wanted.__contains__))
     return drawings | {wanted[name]: raw for name, raw in found.items()}
+
+
+def target_emoji(concepts: Concepts) -> list[Emoji]:
+    """Training concepts whose 3D drawing is for the target tasks, in a fixed random order."""
+    drawn = [e for e in concepts.emoji if e.role == "train" and "3d" in e.icons]
+    return sorted(drawn, key=lambda emoji: rank(f"target {emoji.hexcode}"))[:N_TARGETS]
 
 
 def _flag_drawings(sources: Sources, concepts: Concepts) -> dict[str, bytes]:
@@ -138,9 +146,9 @@ def _divide_clipart(
 def _shape_files(
     sources: Sources, split: str
 ) -> tuple[list[tuple[str, str, int]], dict[int, bytes]]:
-    """The first `N_SHAPES` pictures of an easy-VQA part, with their questions."""
+    """The pictures of a split, with their questions."""
     folder = f"easy_vqa/data/{'train' if split == 'train' else 'test'}"
-    names = {f"{folder}/images/{number}.png": number for number in range(N_SHAPES[split])}
+    names = {f"{folder}/images/{number}.png": number for number in SHAPES[split]}
     (raw,) = sources.read("easyvqa", f"{folder}/questions.json")
     files = {names[n]: png for n, png in sources.members("easyvqa", names.__contains__)}
     questions = [(text, answer, n) for text, answer, n in json.loads(raw) if n in files]

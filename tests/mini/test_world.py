@@ -8,7 +8,7 @@ from mini.clipart import ClipArt
 from mini.evalsets import make_evalsets
 from mini.pool import SOURCES, make_samples
 from mini.settings import PoolSettings
-from mini.world import _divide_clipart
+from mini.world import _divide_clipart, target_emoji
 
 
 def test_equal_drawings_are_kept_once_and_evaluation_keeps_them():
@@ -33,12 +33,13 @@ def test_shapes_of_both_parts_are_there(pypi_world):
 def test_split_rules_hold_in_the_full_world(full_world):
     """No flat drawing of an evaluation concept, nothing of an unseen one, no drawing twice."""
     roles = {emoji.hexcode: emoji.role for emoji in full_world.concepts.emoji}
+    targets = {emoji.hexcode for emoji in target_emoji(full_world.concepts)}
     for code, style in full_world.emoji:
-        assert (style == "3d") <= (roles[code] != "train")
+        assert (style == "3d") <= (roles[code] != "train" or code in targets)
         assert (style == "flat") <= (roles[code] == "train")
         assert (style != "3d") <= (roles[code] != "unseen")
     held_out = {key: p for key, p in full_world.emoji.items() if key[1] == "3d"}
-    assert len(held_out) == 750
+    assert len(held_out) == 750 + len(targets)
     train = {p for key, p in full_world.emoji.items() if key not in held_out}
     train |= {picture for _, picture in full_world.clipart["train"]}
     train |= set(full_world.flags.values())
