@@ -1,0 +1,231 @@
+"""Self-Filter: difficult samples by a score net, their neighbours put off.
+
+Ruibo Chen et al. Your Vision-Language Model Itself Is a Strong Filter: Towards High-Quality
+Instruction Tuning with Data Selection. Findings of ACL 2024. https://arxiv.org/abs/2402.12501
+
+    x_i: CLIP features of image and text                     signals/clip.py
+    w = softmax over the batch of W x; loss sum_i w_i CE_i   weighted_loss, train_net
+    difficulty d_i = -W x_i                                  SelfFilter
+    take the largest d*; of the samples left, the 10 nearest
+    get d_j - d* cos(x, x_j)^2 gamma; and again              selection_order
+
+The released loop sorts all samples twice for every pick. Here a heap holds the difficulties, and
+the nearest samples come from a list made beforehand, or, once that is used up, from one pass.
+
+Differs from the paper and from the released code: docs/methods/self_filter.md.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava.errors import UsageError
+from selection import stream
+from selection.neighbours import nearest_neighbours
+from selection.signals.clip import DEFAULT, Clip
+from selection.signals.forward import Forward
+
+from .base import Context, Method, Scored
+
+if TYPE_CHECKING:
+    from selection.store import StoreReader
+
+COLUMNS = ("image_features", "text_features")
+LISTED = 64
+"""Neighbours of every sample that are known beforehand."""
+_BUFFER = 2**14
+Search = Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How Self-Filter learns difficulties and chooses; defaults are the released ones."""
+
+    clip: str = DEFAULT
+    """CLIP checkpoint: a directory or a hub name"""
+    difficulty: Literal["net", "loss"] = "net"
+    """net: of the score net, trained on CLIP features and the proxy's losses; loss: the proxy's
+    mean answer loss itself"""
+    n_penalised: int = 10
+    """nearest samples whose difficulty is lowered after each choice"""
+    gamma: float = 1.0
+    """how much it is lowered"""
+    net_epochs: int = 3
+    """epochs of the score net"""
+    net_batch: int = 128
+    """samples over which the score net's softmax runs"""
+    net_lr: float = 2e-5
+    """learning rate of the score net"""
+    n_probe: int = 8
+    """cells that are searched for neighbours in pools above 65,536 samples; 0: all"""
+
+    def __post_init__(self) -> None:
+        for name in ("net_epochs", "net_batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        for name in ("gamma", "n_probe"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 0")
+        if not 0 <= self.n_penalised <= LISTED:
+            raise UsageError(f"--n_penalised {self.n_penalised}: give a number in 0..{LISTED}")
+
+
+def weighted_loss(logits: Tensor, nll_sum: Tensor, n_tokens: Tensor) -> Tensor:
+    """The score net's loss: answer losses, weighted by the softmax of its `logits` (B,), a token.
+
+    sum_i w_i B nll_i / (sum_i tokens_i), `nll_sum` (B,) in nats, `n_tokens` (B,).
+    """
+    return len(logits) * (logits.softmax(0) * nll_sum).sum() / n_tokens.sum()
+
+
+def train_net(
+    read: Callable[[np.ndarray], Tensor],
+    nll_sum: np.ndarray,
+    n_tokens: np.ndarray,
+    orders: list[np.ndarray],
+    batch: int,
+    lr: float,
+) -> Tensor:
+    """W (D,) float32 of the score net, from zero, by AdamW without weight decay.
+
+    `read` gives features (m, D) of positions; one epoch per permutation in `orders`. The losses
+    (n,) of the proxy stay as they are.
+    """
+    losses, counts = (torch.from_numpy(x).float() for x in (nll_sum, n_tokens))
+    weight = torch.zeros(read(orders[0][:1]).shape[1], requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr, weight_decay=0.0)
+    with torch.inference_mode(False), torch.enable_grad():
+        for order in orders:
+            for start in range(0, len(order), _BUFFER):
+                rows = order[start : start + _BUFFER]
+                features, mine = read(rows), torch.from_numpy(rows)
+                for part in torch.arange(len(rows)).split(batch):
+                    own = mine[part]
+                    loss = weighted_loss(features[part] @ weight, losses[own], counts[own])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+    return weight.detach()
+
+
+def selection_order(
+    difficulty: np.ndarray,
+    ids: np.ndarray,
+    cosines: np.ndarray,
+    n: int,
+    n_penalised: int,
+    gamma: float,
+    search: Search,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The first `n` rows taken, the difficulties (N,) then, and how often `search` was called.
+
+    `ids` (N, k) and `cosines` (N, k) are the nearest neighbours known beforehand, nearest first,
+    -1 for none. `search(row, left)` gives the `n_penalised` nearest of the rows where `left` (N,)
+    bool, and their cosines. Equal difficulties go to the earlier row; NaN is never taken.
+    """
+    current, left = difficulty.copy(), ~np.isnan(difficulty)
+    heap = [(-score, row) for row, score in enumerate(current.tolist()) if left[row]]
+    heapq.heapify(heap)
+    order, n_searches = [], 0
+    while heap and len(order) < n:
+        score, row = heapq.heappop(heap)
+        if not left[row] or -score != current[row]:
+            continue  # taken, or its difficulty has changed since
+        left[row] = False
+        order.append(row)
+        open_ = (ids[row] >= 0) & left[ids[row]]
+        others, near = ids[row][open_][:n_penalised], cosines[row][open_][:n_penalised]
+        if len(others) < n_penalised and ids[row, -1] >= 0:  # the list was cut
+            others, near = search(row, left)
+            n_searches += 1
+        current[others] -= current[row] * near.astype(np.float64) ** 2 * gamma
+        for other in others.tolist():
+            heapq.heappush(heap, (-float(current[other]), other))
+    return np.array(order, np.int64), current, n_searches
+
+
+class SelfFilter(Method):
+    """Difficult samples by a score net on CLIP features, their neighbours put off."""
+
+    Settings = Settings
+
+    def signals(self) -> dict[str, Clip | Forward]:
+        return {"clip": Clip(self.settings.clip), "forward": Forward()}
+
+    def score(self, context: Context, rng: np.random.Generator) -> Scored:
+        """-(place in the order of choice, from 1); beyond the budget, by what difficulty is left.
+
+        Artefact: the difficulty of every sample before any choice.
+        """
+        settings, reader = self.settings, context.readers["clip"]
+        rows, keys = reader.rows, context.keys(rng)
+        difficulty = self._difficulty(context, rng)[rows]
+        ids, squares = nearest_neighbours(
+            reader, COLUMNS, ~np.isnan(difficulty), keys[rows], LISTED, settings.n_probe, True
+        )
+
+        def search(row: int, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return nearest_left(reader, row, left, settings.n_penalised)
+
+        order, after, n_searches = selection_order(
+            difficulty,
+            ids,
+            1 - squares / 2,
+            context.k,
+            settings.n_penalised,
+            settings.gamma,
+            search,
+        )
+        after[order] = np.nan
+        rest = np.argsort(-after, kind="stable")[: np.count_nonzero(~np.isnan(after))]
+        taken, scores = np.concatenate([order, rest]), np.full(len(context.pool), np.nan)
+        scores[rows[taken]] = -1.0 - np.arange(len(taken))
+        note = f"{n_searches} of {len(order)} choices needed a pass over all samples"
+        return Scored(scores, {"difficulty": difficulty}, (note,))
+
+    def _difficulty(self, context: Context, rng: np.random.Generator) -> np.ndarray:
+        """d_i by pool row, (N,) float64; NaN for a sample that either model cannot score."""
+        reader, settings = context.readers["clip"], self.settings
+        losses, counts = (context.values("forward", name) for name in ("nll_sum", "n_tokens"))
+        losses[[note["row"] for note in reader.bad]] = np.nan
+        if settings.difficulty == "loss":
+            return losses / counts
+        rows = reader.rows
+        usable = np.flatnonzero(~np.isnan(losses[rows]))
+
+        def read(positions: np.ndarray) -> Tensor:
+            return stream.unit(stream.take(reader, COLUMNS, positions))
+
+        orders = [
+            usable[np.argsort(context.keys(rng)[rows[usable]])] for _ in range(settings.net_epochs)
+        ]
+        own = losses[rows], counts[rows]
+        weight = train_net(read, *own, orders, settings.net_batch, settings.net_lr)
+        difficulty = np.full(len(context.pool), np.nan)
+        for part, found in stream.apply(reader, COLUMNS, lambda _, x: stream.cosines(x, weight)):
+            difficulty[rows[part]] = -found
+        difficulty[np.isnan(losses)] = np.nan
+        return difficulty
+
+
+def nearest_left(
+    reader: StoreReader, row: int, left: np.ndarray, n: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `n` nearest to `row` of the store rows where `left` (N,) bool, and their cosines.
+
+    Reads the whole store once; equal ones in order.
+    """
+    vector = stream.unit(stream.take(reader, COLUMNS, np.array([row])))[0]
+    cosines = np.empty(len(reader))
+    for part, found in stream.apply(reader, COLUMNS, lambda _, x: stream.cosines(x, vector)):
+        cosines[part] = found
+    candidates = np.flatnonzero(left)
+    nearest = candidates[np.argsort(-cosines[candidates], kind="stable")[:n]]
+    return nearest, cosines[nearest]
