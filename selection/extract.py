@@ -4,7 +4,8 @@ Rows are computed in blocks that are committed one by one, so a run may be kille
 the same command continues. Missing blocks are dealt to the ranks in turn. Inside a block, samples
 that share a padded length are batched together, the longest first, so that a lack of memory shows
 early. A row's numbers do not depend on batch size, block size or number of processes: see
-`llava.vlm.base`. A sample that cannot be scored is listed with the reason, never replaced.
+`llava.vlm.base`. A sample that cannot be scored is listed with the reason, never replaced. One
+that another store of the same inputs holds is copied from there: see `selection.reuse`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from llava.progress import Progress
 from llava.vlm.base import Vlm
 from selection.pool import Pool
 from selection.ranks import Ranks
+from selection.reuse import Known, write_uids
 from selection.signals.base import Item, Sample, Signal
 from selection.store import (
     DEFAULT_BLOCK_SIZE,
@@ -90,6 +92,7 @@ def extract(
     target = (signal.name, signal_identity(signal, proxy, pool, rows), rows, signal.columns(proxy))
     folder = store_folder(store_root, *target)
     if not ranks.from_first(lambda: is_complete(folder)):
+        ranks.from_first(lambda: signal.begin(proxy, pool, rows))
         if not ranks.is_first:
             ranks.barrier()  # rank 0 begins the store and fixes its block size
         writer = StoreWriter.open(store_root, *target, block_size, ranks.rank)
@@ -97,10 +100,13 @@ def extract(
             ranks.barrier()
         missing = ranks.from_first(writer.missing_blocks)
         samples = Samples(signal, proxy, pool, image_folder, extra_roots)
-        run = _Run(signal, proxy, samples, batch_size, max_tokens, allowed_bad(len(rows), max_bad))
+        known = Known.find(store_root, target[0], target[1], pool, rows, target[3])
+        allowed = allowed_bad(len(rows), max_bad)
+        run = _Run(signal, proxy, samples, batch_size, max_tokens, allowed, known)
         run.write_blocks(writer, missing[ranks.rank :: ranks.world_size], num_workers, progress)
         ranks.barrier()
         if ranks.is_first:
+            write_uids(folder, pool, rows)
             writer.finish()
         ranks.barrier()
     reader = StoreReader.open(folder)
@@ -176,25 +182,28 @@ class _Run:
         batch_size: int,
         max_tokens: int,
         allowed: int,
+        known: Known,
     ) -> None:
         self.signal, self.proxy, self.samples = signal, proxy, samples
         self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.allowed = allowed
+        self.allowed, self.known = allowed, known
         self.columns = {column.name: column for column in signal.columns(proxy)}
 
     def write_blocks(
         self, writer: StoreWriter, blocks: Sequence[int], num_workers: int, progress: bool
     ) -> None:
-        """Compute and commit `blocks`. Stops with DataError once too many samples are unusable."""
-        rows = [int(row) for block in blocks for row in writer.block_rows(block)]
+        """Compute what is not known of `blocks`, and commit them. Stops with DataError once too
+        many samples are unusable."""
+        block_rows = [writer.block_rows(block) for block in blocks]
+        rows = [int(row) for mine in block_rows for row in mine[self.known.lacks(mine)]]
         items = iter(load(self.samples, rows, num_workers, writer.block_size))
         bad: list[dict[str, Any]] = []
         with Progress(self.signal.name, len(rows), progress) as bar:
-            for block in blocks:
-                block_rows = writer.block_rows(block).tolist()
-                here = [next(items) for _ in block_rows]
-                arrays, notes = self.compute(block_rows, here, bar)
-                writer.write_block(block, arrays, notes)
+            for block, mine in zip(blocks, block_rows, strict=True):
+                fresh = self.known.lacks(mine)
+                here = [next(items) for _ in range(fresh.sum())]
+                arrays, notes = self.compute(mine[fresh].tolist(), here, bar)
+                writer.write_block(block, self.known.completed(arrays, mine, fresh), notes)
                 bad += notes
                 check_bad(bad, self.allowed, self.samples.pool, writer.folder)
 

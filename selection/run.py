@@ -105,7 +105,11 @@ class Selection:
             model = self._model(name)
         else:
             model = signal.open_model(pool, {}, settings.dtype, settings.device)
-        print_cost(title, request, pool, where, settings, model, at_most)
+        told = signal.forecast(model, pool, request.rows)
+        if told is not None:
+            print(f"{title}: {told}")
+        else:
+            print_cost(title, request, pool, where, settings, model, at_most)
 
     def _where(self, target: Target) -> PoolSettings:
         return replace(self.run.pool, images=target.images)

@@ -79,6 +79,13 @@ class Signal:
         """
         raise NotImplementedError
 
+    def begin(self, proxy: Vlm, pool: Pool, rows: np.ndarray) -> None:
+        """What one process does before any row is prepared, when a store is not complete."""
+
+    def forecast(self, proxy: Vlm, pool: Pool, rows: np.ndarray) -> str | None:
+        """What `rows` would cost, where computing a few of them would not tell."""
+        return None
+
     def columns(self, proxy: Vlm) -> list[Column]:
         """Names, shapes and dtypes of what `compute` returns."""
         raise NotImplementedError

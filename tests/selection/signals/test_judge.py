@@ -1,0 +1,290 @@
+"""The LLM score against a real HTTP server that fails in every way we know of (P20, P21)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from email.utils import formatdate
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llava.errors import DataError, UsageError, UserError
+from selection import asking
+from selection.pool import Pool
+from selection.ranks import Ranks
+from selection.run import extract_signal
+from selection.settings import PoolSettings, ProxySettings
+from selection.signals.judge import Judge, question_of, score_in
+from selection.store import StoreReader
+from tests.judges import KEY, judge_server
+
+N = 12
+WORKER = Path(__file__).parents[1] / "judge_worker.py"
+BUSY = (429, {"retry-after": "0.3"}, "slow down")
+BROKEN = (500, {}, "oops")
+
+
+@pytest.fixture
+def pool(tmp_path):
+    turns = [("human", "Say sample{}."), ("gpt", "It is sample{} end.")]
+    records = [
+        {"id": i, "conversations": [{"from": r, "value": t.format(i)} for r, t in turns]}
+        for i in range(N)
+    ]
+    (tmp_path / "pool.json").write_text(json.dumps(records))
+    return Pool.open(tmp_path / "pool.json")
+
+
+@pytest.fixture
+def ask(pool, tmp_path, monkeypatch):
+    """Run the judge over the pool; the store's reader."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    # the pauses themselves are tested apart
+    monkeypatch.setattr(asking, "_BACK_OFF", lambda state: 0.01)
+
+    def ask(judge, store="store", max_bad=1.0, **settings):
+        made = Judge(
+            judge_url=judge.url,
+            judge_cache=str(tmp_path / "judge.sqlite"),
+            **{f"judge_{name}": value for name, value in settings.items()},
+        )
+        proxy = ProxySettings(store=str(tmp_path / store), device="cpu", max_bad=max_bad)
+        where = PoolSettings(str(pool.path))
+        return extract_signal(made, np.arange(N), pool, where, proxy, Ranks())
+
+    return ask
+
+
+def number(text: str) -> int:
+    return int(text.split("sample")[1].split(".")[0])
+
+
+def by_number(text: str) -> str:
+    return f"{number(text) % 11}\nBecause."
+
+
+def test_every_sample_has_its_mark_and_is_asked_once(ask, pool):
+    with judge_server(by_number) as judge:
+        reader = ask(judge)
+        again = ask(judge, store="another")  # the answers are on disk
+    assert reader.column("llm_score").tolist() == [i % 11 for i in range(N)]
+    assert again.column("llm_score").tobytes() == reader.column("llm_score").tobytes()
+    assert set(judge.asked.values()) == {1} and len(judge.asked) == N
+    assert judge.keys == {f"Bearer {KEY}"}
+    body = judge.bodies[0]
+    assert (body["model"], body["temperature"], body["seed"]) == ("deepseek-chat", 1.3, 42)
+    assert [m["role"] for m in body["messages"]] == ["system", "user"]
+    assert "scale of 0 to 10" in body["messages"][1]["content"]
+
+
+@pytest.mark.parametrize("fault", [BUSY, BROKEN, "cut", 1.0], ids=["429", "500", "cut", "slow"])
+def test_what_fails_for_a_while_is_asked_again_and_paid_once(ask, fault):
+    with judge_server(by_number) as judge:
+        judge.faults = {"sample3.": [fault] * 2, "sample5.": [fault]}
+        reader = ask(judge, timeout=0.5)
+        time.sleep(1.2 if fault == 1.0 else 0)  # let slow answers arrive, to nobody
+    assert reader.column("llm_score").tolist() == [i % 11 for i in range(N)]
+    tries = Counter({number(text): n for text, n in judge.asked.items()})
+    assert tries == Counter(dict.fromkeys(range(N), 1) | {3: 3, 5: 2})
+    if fault != 1.0:  # a server that answers too late may count an answer nobody has read
+        assert set(judge.paid.values()) == {1}
+
+
+def test_retry_after_is_honoured(ask):
+    with judge_server() as judge:
+        judge.faults = {"sample3.": [BUSY]}
+        ask(judge)
+    first, second = (t for text, t in judge.times if number(text) == 3)
+    assert second - first >= 0.3
+
+
+def test_retry_after_in_each_of_its_forms():
+    assert asking.retry_after("2.5") == 2.5 and asking.retry_after("-1") == 0
+    assert asking.retry_after(None) is None and asking.retry_after("soon") is None
+    assert 8 < asking.retry_after(formatdate(time.time() + 10, usegmt=True)) <= 10
+
+
+BAD = {
+    "prose": "I would say it is good.",
+    "refusal": "I'm sorry, but I can't assist with that.",
+    "another language": "我给八分",
+    "negative": "-3",
+    "too large": "11",
+    "of another scale": "8/5",
+    "two numbers": "7 8",
+    "empty": "",
+    "not a number": "nan",
+    "null": None,
+    "no text": ["8"],
+}
+
+
+@pytest.mark.parametrize("answer", BAD.values(), ids=BAD)
+def test_an_answer_that_is_no_mark_is_never_a_score(ask, answer):
+    with judge_server(lambda t: answer if number(t) == 4 else "8") as judge:
+        reader = ask(judge)
+        ask(judge, store="another")
+    (bad,) = reader.bad
+    assert bad["row"] == 4 and "answer" in bad["reason"]
+    assert np.isnan(reader.column("llm_score")[4])
+    assert (np.delete(reader.column("llm_score"), 4) == 8).all()
+    assert set(judge.asked.values()) == {1}  # paid for, so not asked again by itself
+
+
+def test_a_failed_answer_can_be_asked_again(ask):
+    marks = ["no idea", "9"]
+    with judge_server(lambda t: marks.pop(0) if number(t) == 4 else "8") as judge:
+        ask(judge)
+        reader = ask(judge, store="another", again="failed")
+    assert reader.bad == [] and reader.column("llm_score")[4] == 9
+    assert {number(t): n for t, n in judge.asked.items()} == dict.fromkeys(range(N), 1) | {4: 2}
+
+
+@pytest.mark.parametrize(
+    "text, mark",
+    [
+        ("8", 8),
+        ("8.5\nwell", 8.5),
+        ("8/10", 8),
+        ("0", 0),
+        ("10", 10),
+        ("Score: 7", 7),
+        ("**9**", 9),
+        (" 6 .\n", 6),
+        ("Rating: 7 out of 10", 7),
+    ],
+)
+def test_marks(text, mark):
+    assert score_in(text) == mark
+
+
+@pytest.mark.parametrize("text", ["-1", "10.1", "99", "8/100", "about 8", "8 or 9", "1e1", ""])
+def test_no_marks(text):
+    with pytest.raises(DataError, match="no mark"):
+        score_in(text)
+
+
+@pytest.mark.parametrize("fault", [(400, {}, "content filter"), "no json"], ids=["400", "no json"])
+def test_a_question_the_server_cannot_take_fails_alone(ask, fault):
+    with judge_server() as judge:
+        judge.faults = {"sample4.": [fault]}
+        reader = ask(judge)
+        assert [bad["row"] for bad in reader.bad] == [4]
+        assert np.isnan(reader.column("llm_score")[4])
+        assert ask(judge, store="b").bad[0]["row"] == 4  # known to have failed
+        assert ask(judge, store="c", again="failed").bad == []
+    assert {number(t): n for t, n in judge.asked.items()}[4] == 2
+
+
+def test_a_question_without_an_answer_is_listed_and_asked_by_the_next_run(ask):
+    with judge_server() as judge:
+        judge.faults = {"sample4.": [BROKEN] * 3}
+        reader = ask(judge, attempts=3)
+        assert [bad["reason"] for bad in reader.bad] == ["the judge gave no answer"]
+        assert ask(judge, store="another").bad == []
+
+
+def test_a_dead_server_ends_the_run_and_a_refused_key_at_once(ask):
+    with judge_server() as judge:
+        judge.faults = {"sample": [BROKEN] * 100}
+        with pytest.raises(UserError, match="10 questions in a row"):
+            ask(judge, attempts=1, concurrency=1)
+        assert sum(judge.asked.values()) == 10
+        judge.faults = {"sample": [(401, {}, f"bad key {KEY}")] * 100}
+        with pytest.raises(UsageError, match=r"bad key \*\*\* .the key in OPENAI_API_KEY") as error:
+            ask(judge, concurrency=1)
+        assert KEY not in str(error.value) and sum(judge.asked.values()) == 11
+        judge.faults = {}
+        assert ask(judge).bad == []
+
+
+def test_caps_on_requests_and_cost_stop_before_they_are_passed(ask):
+    with judge_server() as judge:
+        with pytest.raises(UsageError, match="--judge_max_requests 5"):
+            ask(judge, max_requests=5)
+        assert sum(judge.asked.values()) == 5
+        # 100 tokens read and 2 written cost 0.104; the estimate of one is higher
+        with pytest.raises(UsageError, match="--judge_max_cost 1: 0.[67]"):
+            ask(judge, max_cost=1.0, prices=(1000.0, 2000.0))
+        assert sum(judge.paid.values()) * 0.104 <= 1.0
+        assert ask(judge).bad == [] and sum(judge.asked.values()) == N
+
+
+def test_concurrency_is_what_was_asked_for(ask):
+    with judge_server() as judge:
+        judge.faults = {"sample": [0.05] * N}
+        ask(judge, concurrency=3)
+    assert judge.most_busy == 3
+
+
+def test_equal_conversations_are_paid_for_once(ask, tmp_path, pool):
+    records = json.loads(pool.path.read_text())
+    for record in records:
+        record["conversations"] = records[0]["conversations"]
+    pool.path.write_text(json.dumps(records))
+    cache, server = tmp_path / "judge.sqlite", None
+    with judge_server() as judge:
+        server = Judge(judge_url=judge.url).server
+        questions = [question_of(Pool.open(pool.path).record(row)) for row in range(N)]
+        asking.ask_all(questions, N, server, asking.Cache(cache, server), score_in, False)
+    assert sum(judge.asked.values()) == 1
+
+
+def test_a_forecast_sends_nothing_and_says_the_cost(ask, pool, tmp_path):
+    with judge_server() as judge:
+        made = Judge(
+            judge_url=judge.url, judge_cache=str(tmp_path / "j.sqlite"), judge_prices=(1.0, 2.0)
+        )
+        told = made.forecast(made.open_model(pool, {}, "auto", "cpu"), pool, np.arange(N))
+        assert told.startswith(f"{N} questions to deepseek-chat, at most about 0.00")
+        assert not judge.asked
+
+
+# ---- kills and keys, in real processes -----------------------------------------------------------
+
+
+def worker(pool, store: Path, url: str, *again: str) -> subprocess.Popen:
+    command = [sys.executable, str(WORKER), str(pool.path), str(store), url, *again]
+    environment = {**os.environ, "OPENAI_API_KEY": KEY}
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def test_killed_in_the_middle_no_question_is_paid_twice_and_the_key_is_nowhere(pool, tmp_path):
+    store = tmp_path / "store"
+    with judge_server(by_number) as judge:
+        judge.faults = {"sample": [0.15] * N}
+        process = worker(pool, store, judge.url)
+        while sum(judge.paid.values()) < 4 and process.poll() is None:
+            time.sleep(0.01)
+        cmdline = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        os.killpg(process.pid, signal.SIGKILL)
+        said = process.communicate()[0]
+        time.sleep(0.3)  # what was under way is answered, to nobody
+        judge.faults = {}
+        process = worker(pool, store, judge.url)
+        second = process.communicate()[0]
+        assert process.returncode == 2 and b"--judge_again doubtful" in second, second
+        assert set(judge.asked.values()) == {1} and len(judge.asked) == N
+        process = worker(pool, store, judge.url, "doubtful")
+        third = process.communicate()[0]
+        assert process.returncode == 0, third
+    twice = sum(n - 1 for n in judge.asked.values())
+    assert 1 <= twice <= 3  # only what was under way, and only when told to
+    (folder,) = store.glob("judge-*")
+    assert StoreReader.open(folder).column("llm_score").tolist() == [i % 11 for i in range(N)]
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    for text in (*files, cmdline, said, second, third):
+        assert KEY.encode() not in text
