@@ -46,7 +46,8 @@ class Plan:
 
     benchmark: str
     symbols: tuple[str, ...]
-    """the letters, and the symbols of the attack unless only Clean is wanted"""
+    """the letters, and the symbols of the attack unless only Clean is wanted; none to ask items as
+    they are worded, without options to choose from"""
     all_orders: bool = True
     """every order of the options (`attacks.orders`), not the given one alone"""
     until_failure: bool = False
@@ -96,7 +97,7 @@ def units(items: Sequence[Item], plan: Plan) -> list[list[int]]:
 
 def prompts(item: Item, plan: Plan) -> list[Ask]:
     """Everything that may be asked of an item."""
-    if item.question is None:
+    if not plan.symbols:
         return [Ask(item.prompt)]
     found = plan.orders(item)
     return [_ask(item, order, symbols) for symbols in plan.symbols for order in found]
@@ -104,7 +105,7 @@ def prompts(item: Item, plan: Plan) -> list[Ask]:
 
 def put(item: Item, plan: Plan, reply: Replier) -> Iterator[Asked]:
     """Put an item to the model as planned."""
-    if item.question is None:
+    if not plan.symbols:
         asks = prompts(item, plan)
         yield Asked(asks[0], (), reply(asks)[0])
         return

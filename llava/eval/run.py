@@ -230,7 +230,10 @@ class Evaluation:
         ]
 
     def _finish(self, out: Path, parts: Parts) -> None:
-        """Write everything that the units say, the manifest last."""
+        """Write everything that the units say, the manifest last.
+
+        Temporary files are not swept: another process may be writing the same.
+        """
         given, seconds, n_tokens = self._given(parts)
         write_answers(out / ANSWERS, given, self.model_name)
         summary = self._describe(seconds, n_tokens)
@@ -242,7 +245,6 @@ class Evaluation:
         write_submission(out / "submission", self.task.submission(self.items, texts))
         files.atomic_write(out / "summary.json", _json(summary))
         files.atomic_write(out / "manifest.json", _json(self._manifest(out)))
-        files.sweep(out)
 
     def _given(self, parts: Parts) -> tuple[list[Record], float, int]:
         """The record of each item as it is given; seconds and positions of all units."""
@@ -277,7 +279,7 @@ class Evaluation:
             "engine": self.settings.engine,
             "dtype": self.vlm.identity()["dtype"],
             "seconds": round(seconds, 2),
-            "n_tokens": n_tokens,
+            "n_tokens": n_tokens or None,  # not counted where single prompts go together
         }
 
     def _identity(self) -> dict[str, Any]:

@@ -35,7 +35,9 @@ def answers(seed, accuracy):
             draw = random.Random(f"{seed} {ask.text}")
             shown = [line[3:] for line in ask.text.split("\n")[1:-1]]
             right = shown.index(item.question.options[item.gold])
-            logits = [draw.gauss(0, 1) + 4 * (accuracy - 0.5) * (i == right) for i in range(len(shown))]
+            logits = [
+                draw.gauss(0, 1) + 4 * (accuracy - 0.5) * (i == right) for i in range(len(shown))
+            ]
             place = right if draw.random() < accuracy else draw.randrange(len(shown))
             forms = (ask.symbols[place], f"{ask.symbols[place]}. so", "what?")
             found.append(Reply(draw.choices(forms, (8, 1, 1))[0], tuple(logits)))
@@ -81,6 +83,15 @@ def test_rotations_are_one_unit_when_all_orders_are_asked():
 def test_open_questions_with_the_same_words_and_picture_are_one_unit():
     items = [Item(i, text, images=(p,)) for i, (text, p) in enumerate(["aX", "bX", "aX", "aY"])]
     assert units(items, Plan("toy", (), all_orders=False)) == [[0, 2], [1], [3]]
+
+
+def test_without_symbols_items_are_asked_as_they_are_worded():
+    """Also those of a benchmark that has options but is not attacked."""
+    plan = Plan("toy", (), all_orders=False)
+    for one in (Item(0, "Why?"), dataclasses.replace(item(), prompt="Why?")):
+        (asked,) = put(one, plan, lambda asks: [Reply("because")] * len(asks))
+        found = record(asked, 0, one, True, 0)
+        assert (found.prompt, found.text, found.symbols, found.gold) == ("Why?", "because", "", [])
 
 
 def test_all_orders_under_both_symbols():

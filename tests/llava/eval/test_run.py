@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,8 @@ def start(process):
         try:
             process()
             status = 0
+        except SystemExit as end:
+            status = end.code
         finally:
             os._exit(status)
     return pid
@@ -259,6 +262,20 @@ def test_two_processes_of_a_launch(again, reference, tmp_path):
     assert second == ""
     assert contents(Path(settings.out)) == contents(reference)
     assert set(part_lines(Path(settings.out))) == set(range(N))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_what_is_finished(again, tmp_path, number):
+    """130 for ^C; the shell calls the end by SIGTERM 143."""
+    settings = again(data=str(save_mmbench(tmp_path / "many", 60, rotations=1)))
+    pid = start(lambda: run_main(lambda: Evaluation(settings).execute()))
+    out = Path(settings.out)
+    while not (out / "parts" / "0.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(pid, number)
+    assert ended(pid) == {signal.SIGINT: 130, signal.SIGTERM: -signal.SIGTERM}[number]
+    assert not (out / "manifest.json").exists()
+    assert 0 < len((out / "parts" / "0.jsonl").read_bytes().split(b"\n{")) - 1 < 60
 
 
 # ---- open questions
