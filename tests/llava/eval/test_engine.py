@@ -130,10 +130,11 @@ def rows_of(module):
 
 
 def test_the_prefix_runs_once_and_rows_leave_at_their_end(tmp_path):
-    """Two of six orders have "red" first, and an answer of one token; the others go on for two."""
+    """Two of six orders have "red" first, and an answer of one token; the others say for two more
+    what their own second option begins with."""
 
     def rule(question, options):
-        return "A" if options["A"] == "red" else "A B C"
+        return "A" if options["A"] == "red" else f"A C {options['B'][0].upper()}"
 
     vlm = oracle(rule, tmp_path / "parts")
     question = Question("Which?", ("red", "blue", "green"), QUESTION.suffix)
@@ -144,7 +145,16 @@ def test_the_prefix_runs_once_and_rows_leave_at_their_end(tmp_path):
     n = len(vlm.prompt(asks[0].text).input_ids)
     assert seen == [(1, seen[0][1]), (6, n - seen[0][1]), (6, 1), (4, 1), (4, 1)]
     assert session.n_tokens == sum(rows * columns for rows, columns in seen)
-    assert [reply.text for reply in replies] == ["A"] * 2 + ["A B C"] * 4 + ["A"] * 2
+    assert [reply.text for reply in replies] == [
+        "A",
+        "A",
+        "A C R",
+        "A C G",
+        "A C R",
+        "A C B",
+        "A",
+        "A",
+    ]
 
 
 def test_the_picture_is_looked_at_once(llava):
