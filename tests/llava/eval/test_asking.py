@@ -10,7 +10,7 @@ import pytest
 
 from llava.errors import UsageError
 from llava.eval.asking import Plan, gold_symbols, pick_symbols, prompts, put, record, units
-from llava.eval.attacked import collect, four
+from llava.eval.attacked import collect, four, summarise
 from llava.eval.attacks import LETTERS, SYMBOLS, Question
 from llava.eval.engine import Reply
 from llava.eval.reading import READINGS
@@ -136,6 +136,14 @@ def test_stopping_early_gives_the_same_worst_cases(accuracy):
         assert all((a[name] == b[name]).all() for name in ("clean", "pa", "sa", "sa_pa"))
         assert (a["pa"] <= a["clean"]).all() and (a["sa_pa"] <= a["sa"]).all()
     assert len(asked) <= len(everything) / (3 if accuracy < 0.5 else 1)
+
+
+def test_six_options_are_sampled_and_the_summary_says_so():
+    asked, replies = ask_all([item(0, "uvwxyz"), item(1)], ALL, answers(0, 1.0))
+    assert len(asked) == 2 * (120 + 6)
+    found = summarise(replies)
+    assert found["pa_mode"] == "sampled120"
+    assert found["readings"]["logit"]["total"]["n"] == 2
 
 
 def test_nothing_more_is_asked_after_a_wrong_given_order():

@@ -202,10 +202,14 @@ def test_a_strange_line_is_refused(change):
         collect(head(6), [msgspec.structs.replace(first, **change), *others], "here")
 
 
-def test_a_prompt_twice_is_refused():
+@pytest.mark.parametrize("instead", [0, 1])
+def test_a_prompt_twice_is_refused(instead):
+    """Besides all others, or instead of another order of its item."""
     records = draw_records(6)
+    assert records[5].row == records[6].row == 1
+    twice = [*records[:5], records[6], *records[5 + instead :]]
     with pytest.raises(DataError, match="not wholly asked"):
-        collect(head(6), [*records, records[0]], "here")
+        collect(head(6), twice, "here")
 
 
 # ---- two runs
