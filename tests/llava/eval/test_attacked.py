@@ -105,6 +105,11 @@ def test_the_row_is_what_a_stranger_computes_from_the_file(tmp_path, reading, se
         assert wanted["pa"] <= wanted["clean"] and wanted["sa_pa"] <= wanted["sa"]
 
 
+def right_one(record):
+    """The symbol of the right option; of several the one chosen, else the first."""
+    return record.text if record.text in record.gold else next(iter(record.gold), None)
+
+
 def test_the_other_numbers():
     records = draw_records(30)
     found = summarise(collect(head(30), records, "here"))
@@ -119,9 +124,9 @@ def test_the_other_numbers():
         assert there["parse_failures"] == pytest.approx(100 * len(unread) / len(under))
         shares = [np.mean([r.text in r.gold for r in under if r.row == row]) for row in range(30)]
         assert there["mean"] == pytest.approx(100 * np.mean(shares))
-        single = [r for r in under if len(r.gold) == 1 and r.gold[0] == letters[3]]
-        recall = 100 * np.mean([r.text == letters[3] for r in single])
-        assert there["recall"][3] == pytest.approx(recall)
+        for place, symbol in enumerate(letters[:4]):  # of several right ones the one chosen
+            stood = [r.text in r.gold for r in under if symbol == right_one(r)]
+            assert there["recall"][place] == pytest.approx(100 * np.mean(stood))
         assert there["rstd"] == pytest.approx(np.std(there["recall"]))
         assert sum(there["right"]) == sum(bool(r.gold) for r in under)
     assert block["attack_success"] == {
