@@ -122,7 +122,7 @@ def _bars(axis: Axes, bars: dict[str, Any], colours: dict[str, Any]) -> None:
     for i, (model, orders) in enumerate(bars.items()):
         ticks = [*orders["symbols"], UNREAD]
         places = [place - 0.4 + (i + 0.5) * width for place in range(len(ticks))]
-        axis.bar(places, _shares(orders), width, color=colours[model])
+        axis.bar(places, shares(orders), width, color=colours[model])
     right = [100 * n / sum(orders["right"]) for n in orders["right"]]
     starts = [place - 0.45 for place in range(len(right))]
     axis.hlines(right, starts, [start + 0.9 for start in starts], color="black", linewidth=1.5)
@@ -130,7 +130,7 @@ def _bars(axis: Axes, bars: dict[str, Any], colours: dict[str, Any]) -> None:
     axis.grid(axis="y", alpha=0.3)
 
 
-def _shares(orders: dict[str, Any]) -> list[float]:
+def shares(orders: dict[str, Any]) -> list[float]:
     """Percentages of all answers: the positions, then those in which no option could be read."""
     unread, n_read = orders["parse_failures"], max(1, sum(orders["chosen"]))
     return [(100 - unread) * n / n_read for n in orders["chosen"]] + [unread]

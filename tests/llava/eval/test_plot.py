@@ -10,7 +10,7 @@ from PIL import Image
 
 from llava.errors import UsageError
 from llava.eval.__main__ import main
-from llava.eval.plot import attacked, draw, positions
+from llava.eval.plot import attacked, draw, positions, shares
 from llava.eval.summaries import read_runs
 
 
@@ -62,6 +62,10 @@ def test_bars_are_shares_of_all_answers(runs, reading):
             assert heights == pytest.approx([*(100 * k / n for k in orders["chosen"]), 0])
         (lines,) = axis.collections
         assert [segment[0, 1] for segment in lines.get_segments()] == [25, 25, 25, 25]
+
+
+def test_shares_of_answers_of_which_a_fifth_was_not_read():
+    assert shares({"chosen": [3, 1], "parse_failures": 20.0}) == [60, 20, 20]
 
 
 def test_positions_are_not_drawn_of_the_hard_orders(asked, tmp_path):
