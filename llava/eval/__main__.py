@@ -105,9 +105,9 @@ def run_score(argv: list[str]) -> None:
         )
     for note in _notes(answers, matched, len(items)):
         print(f"note: {answers.path}: {note}", file=sys.stderr)
-    numbers = task.score(items, matched.texts)
-    if settings.submission is not None:
+    if settings.submission is not None:  # before scoring: a test split has nothing but this
         write_submission(Path(settings.submission), task.submission(items, matched.texts))
+    numbers = task.score(items, matched.texts)
     print(json.dumps(numbers) if settings.json else number_lines(numbers))
 
 

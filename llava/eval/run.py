@@ -238,11 +238,11 @@ class Evaluation:
         write_answers(out / ANSWERS, given, self.model_name)
         summary = self._describe(seconds, n_tokens)
         texts = {item.id: record.text for item, record in zip(self.items, given, strict=True)}
+        write_submission(out / "submission", self.task.submission(self.items, texts))
         summary["published"] = self.task.score(self.items, texts)
         if self.task.attacked:
             write_attacks(out / ATTACKS, self._head(), parts, len(self.units))
             summary |= summarise(collect(*read_attacks(out / ATTACKS), out / ATTACKS))
-        write_submission(out / "submission", self.task.submission(self.items, texts))
         files.atomic_write(out / "summary.json", _json(summary))
         files.atomic_write(out / "manifest.json", _json(self._manifest(out)))
 

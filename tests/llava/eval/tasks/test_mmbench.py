@@ -11,6 +11,7 @@ import pytest
 from openpyxl import load_workbook
 
 from llava.errors import DataError, UsageError
+from llava.eval.__main__ import main
 from llava.eval.tasks import find_task
 
 COLUMNS = "index question hint A B C D answer category image".split()
@@ -170,3 +171,14 @@ def test_submission(read, name):
         [1, "Which?", "w", "x", "y", "z", "=A", "A", "dev"],
         [1_000_002, "Which?", "x", "y", None, None, None, "B", "dev"],
     ]
+
+
+def test_predictions_for_the_server_are_written_though_nothing_can_be_scored(read, tmp_path):
+    read([row(1)], [c for c in COLUMNS if c != "answer"])
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"question_id": 1, "text": "B"}\n')
+    words = f"score --benchmark mmbench --data {tmp_path}/table.tsv --answers {answers}"
+    with pytest.raises(UsageError, match="send the predictions to the benchmark's server"):
+        main([*words.split(), "--submission", str(tmp_path / "out")])
+    sheet = load_workbook(tmp_path / "out" / "mmbench.xlsx").active
+    assert [cell.value for cell in next(sheet.iter_rows(min_row=2))] == [1, "Which?", *"wxyzB"]

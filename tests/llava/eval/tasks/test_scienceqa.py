@@ -135,13 +135,13 @@ def test_submission_is_what_llavas_script_writes(read):
     items = read(
         [record("1", "xy", "B", image=True), record("2", "xyz", "A"), record("3", "xy", "A")]
     )
-    files = task.submission(items, {"1": "B. y", "2": "The answer is Z."})
+    files = task.submission(items, {"1": "B. y", "2": "The answer is D."})
     assert json.loads(files["result.json"]) == {
         "acc": pytest.approx(100 / 3),
         "correct": 1,
         "count": 3,
         "results": {"1": 1, "2": -1, "3": -1},
-        "outputs": {"1": "B. y", "2": "The answer is Z.", "3": "FAILED"},
+        "outputs": {"1": "B. y", "2": "The answer is D.", "3": "FAILED"},
     }
     output = json.loads(files["output.jsonl"])
     assert output["correct"] == [
@@ -154,5 +154,5 @@ def test_submission_is_what_llavas_script_writes(read):
             "is_multimodal": True,
         }
     ]
-    assert [row["parsed_ans"] for row in output["incorrect"]] == ["Z", "FAILED"]
+    assert [row["parsed_ans"] for row in output["incorrect"]] == ["D", "FAILED"]
     assert output["incorrect"][0]["question"] == "Which?\nA. x\nB. y\nC. z" + SUFFIX
