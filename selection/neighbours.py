@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import faiss
 import numpy as np
 import torch
 
@@ -97,21 +98,17 @@ def _search(
 def _nearest(
     rows: np.ndarray, queries: torch.Tensor, others: np.ndarray, vectors: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_search`, of `others` (c,) with their `vectors` (c, D); fewer than k where c is less."""
-    products = queries @ vectors.T
-    products -= vectors.square().sum(dim=1) / 2  # larger is nearer
-    own = np.searchsorted(others, rows)
-    mine = others[np.minimum(own, len(others) - 1)] == rows
-    products[np.flatnonzero(mine), own[mine]] = -torch.inf
-    best, places = products.topk(min(k, len(others)), dim=1)
-    distances = torch.empty_like(best)
-    step = max(1, _BYTES // (4 * vectors.shape[1] * best.shape[1]))
+    """As `_search`, of `others` (c,) with their `vectors` (c, D); up to k + 1, not in order."""
+    _, places = faiss.knn(queries.numpy(), vectors.numpy(), min(k + 1, len(others)))
+    found = torch.from_numpy(others[places])  # (q, k + 1), itself among them
+    distances = torch.empty(found.shape)
+    step = max(1, _BYTES // (4 * vectors.shape[1] * found.shape[1]))
     for start in range(0, len(rows), step):  # by differences: exact where vectors are long
         part = slice(start, start + step)
         apart = queries[part, None] - vectors[places[part]]
         distances[part] = apart.square().sum(dim=2)
-    distances[best == -torch.inf] = torch.inf
-    return torch.from_numpy(others)[places].masked_fill(best == -torch.inf, -1), distances
+    itself = found == torch.from_numpy(rows)[:, None]
+    return found.masked_fill(itself, -1), distances.masked_fill(itself, torch.inf)
 
 
 def _take(

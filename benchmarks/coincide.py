@@ -1,0 +1,129 @@
+"""COINCIDE after clustering: picks inside a cluster against the definition, and a whole pool.
+
+    python benchmarks/coincide.py [--rows 20000] [--width 20480] [--dir DIR]
+
+First, greedy MMD on clusters of 300 members with a share of 60: the definition as the authors run
+it, which takes K_XY and K_YY of every candidate set anew at each pick (O(n^2 M^2), vectorised), and
+the running sums of selection.methods.coincide. Both must pick the same samples; time is the
+smallest of the repeats. Target: 50 times.
+
+Then a store of --rows x --width halves in clusters of 66 (LLaVA-665K in 10,000), read cluster by
+cluster: kernels, densities and the picking order of every cluster, and the transferability of
+10,000 centroids. The time for 665,298 rows is extrapolated from the rows done. Target: an hour on
+two cores. Three minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from selection.methods.coincide import (
+    COLUMNS,
+    _densities_and_orders,
+    greedy_mmd,
+    kernel,
+    transferability,
+    water_fill,
+)
+from selection.store import Column, StoreReader, StoreWriter
+
+LLAVA_665K, N_CLUSTERS = 665_298, 10_000
+BLOCK_SIZE = 1024
+
+
+def definition(similar: np.ndarray, n: int) -> np.ndarray:
+    """MMD^2 of every candidate set from its own blocks of the kernel, all candidates at once."""
+    picked: list[int] = []
+    left = np.arange(len(similar))
+    for _ in range(n):
+        sets = np.hstack([np.tile(picked, (len(left), 1)).astype(int), left[:, None]])
+        spread = similar[sets[:, :, None], sets[:, None, :]].mean(axis=(1, 2))
+        across = similar[:, sets].mean(axis=(0, 2))
+        best = int((spread - 2 * across).argmin())
+        picked.append(int(left[best]))
+        left = np.delete(left, best)
+    return np.array(picked)
+
+
+def best_of(repeats: int, work) -> tuple[float, np.ndarray]:
+    found = np.inf
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        result = work()
+        found = min(found, time.perf_counter() - begun)
+    return found, result
+
+
+def compare_picks(n: int, share: int, n_clusters: int) -> None:
+    slow_total = fast_total = 0.0
+    for seed in range(n_clusters):
+        vectors = np.random.default_rng(seed).normal(size=(n, 64)) + 1
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        similar = kernel(torch.from_numpy(vectors))
+        slow, wanted = best_of(1, lambda k=similar: definition(k, share))
+        fast, found = best_of(5, lambda k=similar: greedy_mmd(k, share))
+        assert found.tolist() == wanted.tolist()
+        slow_total, fast_total = slow_total + slow, fast_total + fast
+    print(
+        f"{n_clusters} clusters of {n}, {share} picks: definition {slow_total:.2f} s, running sums "
+        f"{fast_total * 1000:.1f} ms: {slow_total / fast_total:.0f} times, same picks"
+    )
+
+
+def write_store(folder: Path, n_rows: int, width: int) -> StoreReader:
+    columns = [Column(name, (width // 2,), "float16") for name in COLUMNS]
+    writer = StoreWriter.open(
+        folder, "blocks", {"made": "up"}, np.arange(n_rows), columns, BLOCK_SIZE
+    )
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((BLOCK_SIZE, width), dtype=np.float32).astype(np.float16)
+    for i in writer.missing_blocks():
+        block = np.roll(base, i, axis=0)[: len(writer.block_rows(i))]
+        writer.write_block(i, dict(zip(COLUMNS, np.split(block, 2, axis=1), strict=True)))
+    writer.finish()
+    return StoreReader.open(writer.folder)
+
+
+def whole(folder: Path, n_rows: int, width: int) -> None:
+    reader = write_store(folder, n_rows, width)
+    n_clusters = max(1, n_rows * N_CLUSTERS // LLAVA_665K)
+    labels = np.random.default_rng(1).integers(n_clusters, size=n_rows)
+    begun = time.perf_counter()
+    densities, orders = _densities_and_orders(reader, labels, n_clusters)
+    seconds = time.perf_counter() - begun
+    print(f"{n_rows} x {width} halves in {len(orders)} clusters: {seconds:.1f} s")
+    centroids = np.random.default_rng(2).standard_normal((N_CLUSTERS, width // 2), np.float32)
+    begun = time.perf_counter()
+    transfers = transferability(centroids)
+    sizes = np.full(N_CLUSTERS, LLAVA_665K // N_CLUSTERS)
+    logits = transfers / (0.1 * np.resize(densities, N_CLUSTERS))
+    shares = water_fill(logits, sizes, LLAVA_665K // 5)
+    after = time.perf_counter() - begun
+    print(f"transferability and shares of {N_CLUSTERS} centroids: {after:.1f} s ({shares.sum()})")
+    total = seconds * LLAVA_665K / n_rows + after
+    print(f"extrapolated to {LLAVA_665K} rows: {total / 60:.1f} min (target 60)")
+    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=20_000, help="rows of the store")
+    parser.add_argument("--width", type=int, default=20_480, help="values a row, both columns")
+    parser.add_argument("--clusters", type=int, default=3, help="clusters of 300 to compare on")
+    parser.add_argument("--dir", type=Path, help="where to write the store (default: temporary)")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    compare_picks(300, 60, args.clusters)
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        whole(Path(folder), args.rows, args.width)
+
+
+if __name__ == "__main__":
+    main()
