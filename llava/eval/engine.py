@@ -23,7 +23,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, GenerationConfig
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
 from llava.errors import UsageError
@@ -137,23 +137,34 @@ class Engine:
             do_sample=False,
             eos_token_id=sorted(vlm.stop_ids),
             pad_token_id=vlm.pad_id,
-            output_logits=True,
-            return_dict_in_generate=True,
         )
+        first = _FirstLogits()
         with StableRows() if len(items) > 1 else nullcontext():
-            out = vlm.model.generate(
+            sequences = vlm.model.generate(
                 input_ids=stack([item.input_ids for item in items], vlm.pad_id),
                 attention_mask=stack([torch.ones_like(item.input_ids) for item in items], 0),
                 generation_config=config,
+                logits_processor=LogitsProcessorList([first]),
                 **tokens,
                 **vlm.image_inputs(items),
             )
-        written = [self._until_stop(row) for row in out.sequences[:, length:].tolist()]
-        return written, out.logits[0].float(), out.sequences.numel() - len(items)
+        written = [self._until_stop(row) for row in sequences[:, length:].tolist()]
+        return written, first.logits, sequences.numel() - len(items)
 
     def _until_stop(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self.vlm.stop_ids), len(ids))
         return ids[:end]
+
+
+class _FirstLogits(LogitsProcessor):
+    """Keeps the first step's logits (B, V) float32; `generate` itself would keep every step's."""
+
+    logits: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.logits is None:
+            self.logits = scores
+        return scores
 
 
 class _Known(dict):
