@@ -98,7 +98,7 @@ def save_model(folder: Path, hidden_size: int, n_layers: int, n_tower_layers: in
     return folder / "llava"
 
 
-def _words() -> list[str]:
+def single_tokens() -> list[str]:
     """A hundred and fifty words of two or three syllables, each one token."""
     syllables = [c + v for c in "bdfgklmnprst" for v in "aeiou"]
     rng = np.random.default_rng(0)
@@ -108,7 +108,7 @@ def _words() -> list[str]:
 def _tokenizer() -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*_words(), *PROMPT.split()] * 3),
+        sentence_iterator=iter([*single_tokens(), *PROMPT.split()] * 3),
         model_writer=model,
         vocab_size=1000,
         model_type="bpe",
@@ -142,7 +142,7 @@ def save_images(folder: Path, n: int = N_JPEGS, size: tuple[int, int] = (640, 48
 def save_samples(folder: Path, mixture: Mixture) -> tuple[Path, Path]:
     """A LLaVA JSON of samples that long, and its image folder."""
     names = save_images(folder / "images")
-    rng, words = np.random.default_rng(1), np.array(_words())
+    rng, words = np.random.default_rng(1), np.array(single_tokens())
     records = []
     for row, (tokens, has_image) in enumerate(zip(mixture.tokens, mixture.has_image, strict=True)):
         n_words = max(2, int(tokens) - OVERHEAD - (N_IMAGE if has_image else 0))
