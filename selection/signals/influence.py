@@ -24,6 +24,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from llava.errors import NonFiniteError
 from llava.vlm.base import Prepared, Vlm
 from selection.signals.base import Sample, Signal
 from selection.signals.gradients import Gradients, squared_norms
@@ -44,7 +45,10 @@ class Directions:
 def mean_unit_gradients(
     gradients: Gradients, proxy: Vlm, tasks: Sequence[Sequence[Prepared]]
 ) -> Directions:
-    """Mean over each task's prepared samples of g / |g|, one sample after the other."""
+    """Mean over each task's prepared samples of g / |g|, one sample after the other.
+
+    Raises NonFiniteError when a sample's gradient has no direction.
+    """
     means: dict[str, Tensor] = {}
     with torch.inference_mode(False):
         for k, items in enumerate(tasks):
@@ -52,6 +56,11 @@ def mean_unit_gradients(
                 found: dict[str, Tensor] = {}
                 gradients.compute_each(proxy, [item], found.__setitem__)
                 norm = sum(map(squared_norms, found.values())).sqrt().float()
+                if not 0 < float(norm) < torch.inf:
+                    raise NonFiniteError(
+                        f"target task {k}: the gradient of one of its {len(items)} samples has "
+                        f"length {float(norm)}; use --dtype float32, or leave the sample out"
+                    )
                 for name, gradient in found.items():
                     shape = (len(tasks), *gradient.shape[1:])
                     mean = means.setdefault(name, gradient.new_zeros(shape))[k]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from llava.errors import NonFiniteError
 from llava.images import open_image
 from selection.signals.gradients import Gradients
 from selection.signals.influence import ExactInfluence, mean_unit_gradients
@@ -80,3 +83,10 @@ def test_store_knows_the_tasks_and_the_settings_that_matter(world, items, influe
     assert len(set(found)) == len(found)
     assert digest(Gradients(dim=7, projection="rademacher"), tasks) == found[0]
     assert influence.identity()["settings"]["directions"] == influence.directions.digest
+
+
+def test_target_sample_without_a_direction_stops(world, items):
+    pixels = torch.full_like(items[1].extras["pixel_values"], torch.nan)
+    spoilt = replace(items[1], extras={"pixel_values": pixels})
+    with pytest.raises(NonFiniteError, match="task 1: .* one of its 2 samples has length nan"):
+        mean_unit_gradients(GRADIENTS, world.proxy, [[items[2]], [items[3], spoilt]])
