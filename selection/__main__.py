@@ -4,6 +4,7 @@ list      the methods, what they read, their presets
 check     every defect of a pool, before a GPU is used
 extract   compute the forward signals of a pool (they are shared by all methods)
 select    choose a subset: python -m selection select METHOD --pool ... --budget 0.3
+compare   what subsets share: python -m selection compare RUN RUN ... [--out DIR]
 verify    check a finished run: hashes, exact subset, versions
 
 Each takes --help. docs/Selection.md explains the run folder and the exit codes.
@@ -17,7 +18,7 @@ import numpy as np
 
 from llava.errors import UsageError, run_main
 
-VERBS = ("list", "check", "extract", "select", "verify")
+VERBS = ("list", "check", "extract", "select", "compare", "verify")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -111,6 +112,17 @@ def run_select(argv: list[str]) -> None:
             selection.print_plan()
         return
     selection.execute()
+
+
+def run_compare(argv: list[str]) -> None:
+    """What the subsets of some runs share, as tables and pictures."""
+    from .compare import CompareSettings, compare
+    from .settings import parse_plain
+
+    n_runs = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    about = "What subsets share: python -m selection compare RUN RUN ... [--out DIR]"
+    (settings,), _ = parse_plain("compare", about, argv[n_runs:], CompareSettings)
+    compare(argv[:n_runs], settings.out)
 
 
 def run_verify(argv: list[str]) -> None:
