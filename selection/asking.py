@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from time import time
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import openai
 import tenacity
@@ -29,8 +29,8 @@ import xxhash
 from llava.errors import DataError, UsageError, UserError
 from llava.files import make_folder, storage_errors
 from llava.progress import Progress
+from selection.judging import Again
 
-Again = Literal["nothing", "doubtful", "failed"]
 ASKED, ANSWERED, FAILED = "asked", "answered", "failed"
 CHARACTERS_PER_TOKEN = 3  # English has four; the estimate is meant to be high
 LONGEST_WAIT = 60.0  # seconds between attempts, unless the server names more

@@ -166,7 +166,8 @@ def write_bad(bad: Iterable[Mapping[str, Any]], out: Path) -> str:
 
 
 def write_artefacts(artefacts: Mapping[str, Any], out: Path) -> list[str]:
-    """Keep a method's own results: arrays as `.npy`, everything else as `.json`."""
+    """Keep a method's own results: arrays as `.npy`, bytes, which are safetensors, as they are,
+    everything else as `.json`."""
     names = []
     for name, value in artefacts.items():
         files.make_folder(out / "artefacts")
@@ -175,6 +176,9 @@ def write_artefacts(artefacts: Mapping[str, Any], out: Path) -> list[str]:
             np.save(buffer, value, allow_pickle=False)
             names.append(f"artefacts/{name}.npy")
             files.atomic_write(out / names[-1], buffer.getvalue())
+        elif isinstance(value, bytes):
+            names.append(f"artefacts/{name}.safetensors")
+            files.atomic_write(out / names[-1], value)
         else:
             names.append(f"artefacts/{name}.json")
             files.atomic_write(out / names[-1], msgspec.json.encode(value))

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 
 import numpy as np
@@ -95,10 +96,12 @@ def test_rows_without_a_score_are_never_chosen(world, method, settings):
 @each_method
 def test_every_setting_has_a_sentence_for_the_command_line(method, settings):
     fields = [field.name for field in dataclasses.fields(method.Settings)]
-    body = ast.parse(textwrap.dedent(inspect.getsource(method.Settings))).body[0].body
+    owners = [cls for cls in method.Settings.__mro__ if dataclasses.is_dataclass(cls)]
+    sources = [ast.parse(textwrap.dedent(inspect.getsource(cls))) for cls in owners]
     told = {
         node.target.id
-        for node, after in zip(body, body[1:], strict=False)
+        for source in sources
+        for node, after in itertools.pairwise(source.body[0].body)
         if isinstance(node, ast.AnnAssign) and isinstance(getattr(after, "value", 0), ast.Constant)
     }
     assert told == set(fields)

@@ -1,0 +1,256 @@
+"""CoIDO: a small scorer, trained for importance and diversity at once, says what is needed.
+
+Yichen Yan et al. CoIDO: Efficient Data Selection for Visual Instruction Tuning via Coupled
+Importance-Diversity Optimization. NeurIPS 2025.
+
+    features     CLIP image and text, CLIP score, ...    signals/; coido/features.py
+    clusters     spectral, M = 20, of the p % drawn      selection/spectral.py
+    scorer       four-layer MLP and others (figure 3)    coido/scorer.py
+    w            softmax over the batch                  coido/losses.py: batch_weights
+    L_I          sum_i w_i CE_i                 (eq. 1)  importance_loss
+    L_D          Var of the cluster means of w  (eq. 2)  diversity_loss
+    L            L_I/s_I^2 + L_D/(2 s_D^2) + log s_I s_D (eq. 14)  total_loss
+    subset       lowest first within each source         select
+
+The scorer comes from a file (`--scorer`), or is trained here in seconds: on the losses that
+co-training recorded (`--trajectory`), or else on the proxy's losses on the drawn samples.
+
+Differs from the paper and from the released code: docs/methods/coido.md, with the reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from llava.errors import DataError, UsageError
+from selection import stream as vectors
+from selection.budget import budget_size
+from selection.coido.features import CLIP, SCORES, Assembly
+from selection.coido.fit import Fitter, Recipe, shuffled_batches
+from selection.coido.losses import Objective
+from selection.coido.scorer import Architecture, Scorer
+from selection.coido.trajectory import Trajectory
+from selection.judging import JudgeSettings
+from selection.signals.clip import DEFAULT, Clip
+from selection.signals.forward import Forward
+
+from .base import Context, Method, Scored
+from .random import Random
+from .random_stratified import RandomStratified
+
+CHUNK = 1024  # rows that are scored together
+_HOME = {"clip_score": "clip", "llm_score": "judge"}
+
+
+@dataclass(frozen=True)
+class Settings(JudgeSettings):
+    """How CoIDO scores; defaults are the paper's."""
+
+    scorer: str | None = None
+    """file of a trained scorer, of this pool or another; without it one is trained"""
+    trajectory: str | None = None
+    """file of the losses that co-training recorded, to train the scorer on; without it the proxy's
+    own losses serve"""
+    clip: str = DEFAULT
+    """CLIP checkpoint: a directory or a hub name"""
+    features: Literal["all", "clip", "scores"] = "all"
+    """what the scorer reads (table 7)"""
+    share: str = "0.2"
+    """p, samples to train the scorer on: a fraction of the pool or a count; those of `select random
+    --budget SHARE --seed DRAW` (table 13)"""
+    draw: int = 0
+    """seed of the run of `random` that drew them"""
+    n_clusters: int = 20
+    """M, clusters of the drawn samples (table 8)"""
+    n_neighbours: int = 30
+    """neighbours of a sample in the graph that is clustered, as in the code"""
+    architecture: Architecture = "mlp"
+    """mlp; transformer: two blocks; attention: self- and cross-attention (table 12)"""
+    objective: Objective = "uncertainty"
+    """the loss (table 2): uncertainty, equation 14; importance, L_I alone; sum; weighted"""
+    balance: float = 0.5
+    """lambda of --objective weighted: lambda L_I + (1 - lambda) L_D"""
+    learning_rate: float = 2e-5
+    """peak learning rate of the scorer"""
+    scorer_batch: int = 64
+    """samples over which scores are a softmax; a trajectory has batches of its own"""
+    epochs: int = 2
+    """passes over the drawn samples"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_clusters", "n_neighbours", "epochs"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        if self.scorer_batch < 2:
+            raise UsageError("--scorer_batch: a softmax over a batch needs at least 2 samples")
+        if not 0 <= self.balance <= 1:
+            raise UsageError(f"--balance {self.balance}: is a share, 0 to 1")
+        if self.scorer and self.trajectory:
+            raise UsageError("--scorer needs no --trajectory: it is trained already")
+
+
+class Coido(Method):
+    """Lowest score of a scorer that was trained for importance and diversity at once."""
+
+    Settings = Settings
+
+    def signals(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"clip": Clip(self.settings.clip)}
+        if self.settings.judge_url:
+            found["judge"] = _judge(self.settings)
+        if not self.settings.scorer and not self.settings.trajectory:
+            found["forward"] = Forward()
+        return found
+
+    def score(self, context: Context, rng: np.random.Generator) -> Scored:
+        """Minus the scorer's logit, so that the most wanted sample is highest."""
+        artefacts: dict[str, Any] = {}
+        if self.settings.scorer:
+            scorer = Scorer.load(self.settings.scorer)
+            notes = [f"scorer of {self.settings.scorer}"]
+        else:
+            scorer, artefacts, notes = self._fit(context, rng)
+        absent = [name for name in SCORES if name not in scorer.assembly.scores]
+        if absent and self.settings.features != "clip":
+            notes.append(f"without {', '.join(absent)}")
+        scores = -score_pool(scorer, context, self._scores(context, scorer.assembly.scores))
+        scores[unusable(context)] = np.nan
+        return Scored(scores, artefacts, tuple(notes))
+
+    def select(self, context: Context, scores: np.ndarray, k: int) -> np.ndarray:
+        """The best of every source, sources in proportion, rounded by largest remainders."""
+        return RandomStratified().select(context, scores, k)
+
+    def _scores(self, context: Context, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Scores by pool row, (N,) each; UsageError for one that this run has no signal of."""
+        for name in names:
+            if _HOME.get(name) not in context.readers:
+                raise UsageError(f"--scorer {self.settings.scorer}: reads {name}; {_REMEDY[name]}")
+        return {name: context.values(_HOME[name], name) for name in names}
+
+    def _fit(
+        self, context: Context, rng: np.random.Generator
+    ) -> tuple[Scorer, dict[str, Any], list[str]]:
+        """A scorer trained on the drawn samples, what to keep of it, and what to say."""
+        settings = self.settings
+        rows = drawn(context, settings.share, settings.draw)
+        if settings.trajectory:
+            batches, rows = Trajectory.load(settings.trajectory).on(context.pool, rows)
+        else:
+            rows = rows[~np.isnan(context.values("forward", "nll_mean")[rows])]
+            losses = context.values("forward", "nll_mean")[rows]
+            order = list(shuffled_batches(len(rows), settings.scorer_batch, settings.epochs, rng))
+            batches = [(places, losses[places]) for places in order if len(places) > 1]
+        names = () if settings.features == "clip" else tuple(n for n in SCORES if self._has(n))
+        scores = {n: values[rows] for n, values in self._scores(context, names).items()}
+        reader = context.readers["clip"]
+        width = 0 if settings.features == "scores" else reader.columns[CLIP[0]].shape[0]
+        assembly = Assembly.fit(width, scores)
+        positions = np.searchsorted(reader.rows, rows)
+        features = assembly.rows([reader.take(name, positions) for name in CLIP], scores)
+        labels = clusters(features, settings.n_clusters, settings.n_neighbours)
+        scorer = Scorer.new(settings.architecture, assembly, int(rng.integers(2**31)))
+        recipe = Recipe(len(batches), settings.learning_rate, settings.objective, settings.balance)
+        curve, fitter = fit(scorer, recipe, features, labels, batches)
+        about = {"sigma": fitter.log_sigma.detach().exp().tolist(), **asdict(recipe)}
+        artefacts = {
+            "training": {"architecture": scorer.architecture, **asdict(assembly), **about},
+            "losses": curve,
+            "training_rows": rows,
+            "training_clusters": labels,
+            "scorer": scorer.packed(about),
+        }
+        sizes = np.bincount(labels)
+        return (
+            scorer,
+            artefacts,
+            [
+                f"scorer trained on {len(rows)} samples in {len(batches)} steps; "
+                f"{len(sizes)} clusters of {sizes.min()} to {sizes.max()}"
+            ],
+        )
+
+    def _has(self, name: str) -> bool:
+        return _HOME.get(name) in self.signals()
+
+
+_REMEDY = {
+    "clip_score": "it comes with CLIP",
+    "image_reward": "train one without it",
+    "llm_score": "give --judge_url",
+}
+
+
+def drawn(context: Context, share: str, draw: int) -> np.ndarray:
+    """Pool rows of the p %, in the order of their random keys, not of the pool, (n,) int64."""
+    keys = Random().run(context, draw, dict).scores
+    keys[unusable(context)] = np.nan
+    order = np.argsort(-keys, kind="stable")
+    n = min(budget_size(share, len(context.pool)), int(np.count_nonzero(~np.isnan(keys))))
+    if n < 2:
+        raise DataError(f"--share {share}: {n} usable samples; the scorer needs more")
+    return order[:n]
+
+
+def unusable(context: Context) -> np.ndarray:
+    """Rows that some signal could not be computed for, (b,) int64."""
+    bad = {note["row"] for reader in context.readers.values() for note in reader.bad}
+    return np.array(sorted(bad), np.int64)
+
+
+def clusters(features: np.ndarray, n_clusters: int, n_neighbours: int) -> np.ndarray:
+    """Spectral clusters of assembled rows (n, F), (n,) int32."""
+    try:
+        from selection.spectral import spectral_clusters
+    except ImportError as error:
+        raise UsageError(f"coido: {error}; pip install pyamg") from error
+    return spectral_clusters(features, n_clusters, n_neighbours)
+
+
+def fit(
+    scorer: Scorer,
+    recipe: Recipe,
+    features: np.ndarray,
+    labels: np.ndarray,
+    batches: list[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, Fitter]:
+    """Train on `batches` of (positions in `features` (n, F), losses in nats), in their order.
+
+    Returns L_I and L_D of every step, (steps, 2) float64, and the fitter.
+    """
+    fitter, curve = Fitter(scorer, recipe), []
+    rows, members = torch.from_numpy(features), torch.from_numpy(labels).long()
+    for places, losses in batches:
+        where = torch.from_numpy(places)
+        curve.append(fitter.step(rows[where], torch.tensor(losses).float(), members[where]))
+    return np.array(curve), fitter
+
+
+def score_pool(scorer: Scorer, context: Context, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Logits by pool row (N,) float64, reading the CLIP features once; NaN where there are none."""
+    reader = context.readers["clip"]
+    rows, found = reader.rows, np.full(len(context.pool), np.nan)
+
+    def logits(part: slice, halves: vectors.Parts) -> np.ndarray:
+        mine = {name: values[rows[part]] for name, values in scores.items()}
+        assembled = scorer.assembly.rows([half.numpy() for half in halves], mine)
+        return scorer.score(torch.from_numpy(assembled)).double().numpy()
+
+    for part, values in vectors.apply(reader, CLIP, logits, size=CHUNK):
+        found[rows[part]] = values
+    return found
+
+
+def _judge(settings: JudgeSettings) -> Any:
+    try:
+        from selection.signals.judge import Judge
+    except ImportError as error:
+        raise UsageError(f"--judge_url: {error}; pip install openai tenacity") from error
+    names = JudgeSettings.__dataclass_fields__
+    return Judge(**{name: getattr(settings, name) for name in names})
