@@ -102,7 +102,8 @@ def outer_sums(left: Tensor, right: Tensor) -> Tensor:
     `left` (B, S, m) and `right` (B, S, n).
     """
     if left.is_cuda:
-        return torch.bmm(left.mT, right, out_dtype=torch.float32)
+        wider = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
+        return torch.bmm(left.mT, right, **wider)
     out = left.new_empty(len(left), left.shape[2], right.shape[2], dtype=torch.float32)
     for a, b, one in zip(left.float(), right.float(), out, strict=True):
         torch.mm(a.T, b, out=one)  # batched, they round differently for different batch sizes
