@@ -16,7 +16,7 @@ from llava.eval.engine import ENGINES, Ask, open_engine
 from llava.eval.prefix import can_share
 from llava.vlm import load_vlm
 from tests.oracles import oracle
-from tests.tiny_models import BUILDERS, TEXT, VISION, save_llava
+from tests.tiny_models import BUILDERS, TEXT, VISION, save_llava, save_smolvlm
 
 # Two ways of summing the same float32 products: 1e-5 is some thirty roundings of a logit near 4.
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -200,7 +200,7 @@ def test_a_window_shorter_than_the_prefix(tmp_path, window):
 
 
 def test_penalties_of_a_checkpoint_are_not_greedy(tmp_path):
-    folder = save_llava(tmp_path / "model")
+    folder = save_smolvlm(tmp_path / "model")
     plain = load_vlm(folder)
     expected = [slow(plain, [], ask) for ask in ASKS[:2]]
     hf.GenerationConfig(
