@@ -7,6 +7,7 @@
 #   bash selection.sh --pool llava_v1_5_mix665k.json --images playground/data --model checkpoints/llava-7b-warmup \
 #     --model-base lmsys/vicuna-7b-v1.5 --budget 0.3 --out outputs/ards30        LLaVA-665K on every GPU of this node
 #   bash selection.sh mllm_selector --pool ...          without --model: first fine-tunes its seed model (MODEL= the base)
+#   bash selection.sh icons --targets targets.yaml      so do icons, less, tive and rds: a LoRA on 5 % of the pool
 #
 # NPROC=2     processes (default: one a GPU, else one); several nodes: scripts/slurm/selection.sbatch
 # PYTHON=...  use this interpreter instead of making .venv
@@ -34,17 +35,28 @@ defaults=()
 if [ -n "$small_world" ]; then
   world=playground/mini
   "$PYTHON" -m mini build --out "$world"
-  "$PYTHON" -m mini warmup --data "$world" --out "$world/proxy"
-  defaults=(--pool "$world/pool.json" --images "$world/images" --model "$world/proxy" --budget 0.3)
+  defaults=(--pool "$world/pool.json" --images "$world/images")
+  case "${method[0]}" in
+    icons | less | rds) defaults+=(--targets "$world/targets/targets.yaml" --budget 0.2) ;;
+    tive) defaults+=(--budget 0.2) ;;
+    *)
+      "$PYTHON" -m mini warmup --data "$world" --out "$world/proxy"
+      defaults+=(--model "$world/proxy" --budget 0.3) ;;
+  esac
   if grep -qs "^clip: $world/clip" "mini/${method[0]}.yaml"; then "$PYTHON" -m mini clip --data "$world" --out "$world/clip"; fi
   if [ -f "mini/${method[0]}.yaml" ]; then defaults=(--config "mini/${method[0]}.yaml" "${defaults[@]}"); fi
 fi
-# MLLM-Selector's proxy has learnt its seed set.
-if [ -n "$warmup" ] && [ "${method[0]:-}" = mllm_selector ]; then
+# The proxy of MLLM-Selector has learnt its seed set, that of the methods that compare gradients 5 % of the pool.
+if [ -n "$warmup" ]; then
   source scripts/warmup.sh
-  share=$(value_of --n_seed "$@") draw=$(value_of --seed_draw "$@")
-  warm_up "${share:-0.03}" "${draw:-0}" "${defaults[@]}" "$@"
-  defaults+=("${proxy[@]}")
+  case "${method[0]:-}" in
+    mllm_selector)
+      share=$(value_of --n_seed "$@") draw=$(value_of --seed_draw "$@")
+      warm_up "${share:-0.03}" "${draw:-0}" "${defaults[@]}" "$@" ;;
+    less) moments=1 warm_up 0.05 0 "${defaults[@]}" "$@" ;;
+    icons | tive | rds) warm_up 0.05 0 "${defaults[@]}" "$@" ;;
+  esac
+  defaults+=(${proxy[@]+"${proxy[@]}"})
 fi
 
 nproc=${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}

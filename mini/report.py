@@ -18,6 +18,7 @@ from rich.table import Table
 
 from llava.errors import UsageError
 from llava.flags import Parser
+from selection.compare import compare, read_run
 from selection.methods.base import Context, stream
 from selection.methods.random import Random
 from selection.pool import Pool
@@ -64,6 +65,8 @@ def main(args: Sequence[str]) -> None:
     rows = np.loadtxt(run / "subset_rows.txt", dtype=np.int64, ndmin=1)
     drawn = random_rows(pool, len(rows), settings.seed)
     print_report(run, oracle_shares(pool, rows, drawn), len(pool), rows, drawn)
+    if read_run(run).specialists:
+        compare([str(run)], run / "report")
 
 
 def newest_run(outputs: Path) -> Path:

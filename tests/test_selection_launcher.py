@@ -21,9 +21,8 @@ def select(tmp_path):
     clone, python, record = tmp_path / "clone", tmp_path / "python", tmp_path / "record"
     (clone / "mini").mkdir(parents=True)
     shutil.copytree(ROOT / "scripts", clone / "scripts")
-    (clone / "finetune_lora.sh").write_text(
-        f'echo "finetune_lora.sh ${{MODEL:-no MODEL}} $IMAGES $DATA $OUTPUT" >>"{record}"\n'
-    )
+    told = "${MODEL:-no MODEL} $IMAGES $DATA $OUTPUT $* $ZERO"
+    (clone / "finetune_lora.sh").write_text(f'echo finetune_lora.sh {told} >>"{record}"\n')
     for name in ("selection.sh", "constraints.txt", "pyproject.toml", "mini/ards.yaml"):
         shutil.copy(ROOT / name, clone / name)
     python.write_text(
@@ -130,8 +129,45 @@ def test_mllm_selectors_seed_model_on_the_small_world(select):
 
 
 @pytest.mark.parametrize("flags", [["--model", "m"], ["--model=m"], ["--config", "c"], ["-h"]])
-def test_a_given_seed_model_or_a_file_trains_nothing(select, flags):
-    assert not any("finetune" in line for line in select("mllm_selector", "--pool", "p", *flags))
+@pytest.mark.parametrize("method", ["mllm_selector", "icons", "less", "tive", "rds"])
+def test_a_given_model_or_a_file_trains_nothing(select, method, flags):
+    (line,) = select(method, "--pool", "p", *flags)
+    assert line == f"selection select {method} --pool p {' '.join(flags)}"
+
+
+@pytest.mark.parametrize("method", ["icons", "tive", "rds"])
+def test_a_lora_on_five_percent_comes_before_gradients(select, method):
+    named = ["--pool", "d/pool.json", "--images", "i"]
+    out = "outputs/warmup-d-0.05-0"
+    assert select(method, *named, MODEL="m") == [
+        "selection select random --pool d/pool.json --images i --budget 0.05 --seed 0 "
+        f"--out {out}/samples",
+        f"finetune_lora.sh m i {out}/samples/subset.json {out}/model",
+        f"selection select {method} --model {out}/model --model-base m {' '.join(named)}",
+    ]
+
+
+def test_less_takes_a_checkpoint_that_kept_its_moments(select, tmp_path):
+    out = "outputs/warmup-d-0.05-0"
+    (tmp_path / "clone" / out / "moments/checkpoint-61").mkdir(parents=True)
+    lines = select("less", "--pool", "d/pool.json", MODEL="m")
+    assert lines[1:] == [
+        f"finetune_lora.sh m . {out}/samples/subset.json {out}/moments --save_strategy epoch none",
+        f"selection select less --model {out}/moments/checkpoint-61 --model-base m "
+        "--pool d/pool.json",
+    ]
+
+
+@pytest.mark.parametrize("method", ["icons", "less", "tive", "rds"])
+def test_gradient_methods_on_the_small_world(select, method):
+    lines = select(method, MODEL="mini/base/llama")
+    targets = "" if method == "tive" else f"--targets {WORLD}/targets/targets.yaml "
+    assert lines[0] == f"mini build --out {WORLD}" and "warmup" not in lines[1].split()
+    assert lines[-2].startswith(
+        f"selection select {method} --pool {WORLD}/pool.json --images {WORLD}/images {targets}"
+        "--budget 0.2 --model outputs/warmup-mini-0.05-0/"
+    )
+    assert lines[-1] == "mini report"
 
 
 def test_one_process_a_gpu_and_what_torchrun_is_told(select):
