@@ -14,7 +14,7 @@ import gc
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from selection.pool import Pool
 from selection.ranks import Ranks
 from selection.reuse import Known, write_uids
 from selection.signals.base import Item, Sample, Signal
+from selection.signals.onepass import compute_together
 from selection.store import (
     DEFAULT_BLOCK_SIZE,
     Column,
@@ -58,8 +59,13 @@ def signal_identity(signal: Signal, proxy: Vlm, pool: Pool, rows: np.ndarray) ->
     return {**signal.identity(), **inputs}
 
 
-def extract(
-    signal: Signal,
+def extract(signal: Signal, *where: Any, **options: Any) -> StoreReader:
+    """Compute what is missing of one `signal` and open its store; see `extract_together`."""
+    return extract_together([signal], *where, **options)[0]
+
+
+def extract_together(
+    signals: Sequence[Signal],
     proxy: Vlm,
     pool: Pool,
     rows: np.ndarray,
@@ -74,44 +80,58 @@ def extract(
     extra_roots: Sequence[Path] = (),
     ranks: Ranks | None = None,
     progress: bool = True,
-) -> StoreReader:
-    """Compute what is missing of `signal` for pool `rows` (n,), in that order, and open the store.
+) -> list[StoreReader]:
+    """Compute what is missing of `signals` for pool `rows` (n,), in that order; open the stores.
 
-    Under torchrun every rank calls this, with the `ranks` of the process if it has made some. A
-    batch holds at most `batch_size` samples and `max_tokens` tokens, padding included.
-    `num_workers` processes prepare samples while the device computes; 0 prepares in line. Links in
-    the image folder may lead to `extra_roots`.
+    Several signals must be such as share a pass (`Signal.shares_pass`): each sample goes through
+    the model once for all of them. Under torchrun every rank calls this, with the `ranks` of the
+    process if it has made some. A batch holds at most `batch_size` samples and `max_tokens` tokens,
+    padding included. `num_workers` processes prepare samples while the device computes; 0 prepares
+    in line. Links in the image folder may lead to `extra_roots`.
 
     Raises DataError when more than `max_bad` of the rows (as a share; one always may) cannot be
     scored, UsageError when the image folder is missing, StorageError when the disk refuses.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    if signal.reads_images:
+    if signals[0].reads_images:
         check_images(pool, rows, image_folder)
-    ranks = ranks or Ranks()
-    target = (signal.name, signal_identity(signal, proxy, pool, rows), rows, signal.columns(proxy))
-    folder = store_folder(store_root, *target)
-    if not ranks.from_first(lambda: is_complete(folder)):
-        ranks.from_first(lambda: signal.begin(proxy, pool, rows))
-        if not ranks.is_first:
-            ranks.barrier()  # rank 0 begins the store and fixes its block size
-        writer = StoreWriter.open(store_root, *target, block_size, ranks.rank)
-        if ranks.is_first:
-            ranks.barrier()
-        missing = ranks.from_first(writer.missing_blocks)
-        samples = Samples(signal, proxy, pool, image_folder, extra_roots)
-        known = Known.find(store_root, target[0], target[1], pool, rows, target[3])
-        allowed = allowed_bad(len(rows), max_bad)
-        run = _Run(signal, proxy, samples, batch_size, max_tokens, allowed, known)
-        run.write_blocks(writer, missing[ranks.rank :: ranks.world_size], num_workers, progress)
+    ranks, allowed = ranks or Ranks(), allowed_bad(len(rows), max_bad)
+    targets = [
+        (signal.name, signal_identity(signal, proxy, pool, rows), rows, signal.columns(proxy))
+        for signal in signals
+    ]
+    folders = [store_folder(store_root, *target) for target in targets]
+    parts = []
+    for signal, target, folder in zip(signals, targets, folders, strict=True):
+        if not ranks.from_first(lambda folder=folder: is_complete(folder)):
+            ranks.from_first(lambda signal=signal: signal.begin(proxy, pool, rows))
+            known = Known.find(store_root, target[0], target[1], pool, rows, target[3])
+            writer = _open_writer(store_root, target, block_size, ranks)
+            parts.append(_Part(signal, writer, known, set(ranks.from_first(writer.missing_blocks))))
+    for group in _by_block_size(parts):
+        samples = Samples(group[0].signal, proxy, pool, image_folder, extra_roots)
+        run = _Run(group, proxy, samples, batch_size, max_tokens, allowed)
+        blocks = sorted(set.union(*(part.missing for part in group)))
+        run.write_blocks(blocks[ranks.rank :: ranks.world_size], num_workers, progress)
+    for part in parts:
         ranks.barrier()
         if ranks.is_first:
-            write_uids(folder, pool, rows)
-            writer.finish()
+            write_uids(part.writer.folder, pool, rows)
+            part.writer.finish()
         ranks.barrier()
-    reader = StoreReader.open(folder)
-    check_bad(reader.bad, allowed_bad(len(rows), max_bad), pool, folder)
-    return reader
+    readers = [StoreReader.open(folder) for folder in folders]
+    for reader in readers:
+        check_bad(reader.bad, allowed, pool, reader.folder)
+    return readers
+
+
+def _open_writer(root: str | Path, target: tuple, block_size: int, ranks: Ranks) -> StoreWriter:
+    if not ranks.is_first:
+        ranks.barrier()  # rank 0 begins the store and fixes its block size
+    writer = StoreWriter.open(root, *target, block_size, ranks.rank)
+    if ranks.is_first:
+        ranks.barrier()
+    return writer
 
 
 def allowed_bad(n_rows: int, max_bad: float) -> int:
@@ -171,51 +191,88 @@ class Samples(Dataset):
         return note
 
 
+@dataclass
+class _Part:
+    """One signal of an extraction: where its blocks go, which are missing, what is known."""
+
+    signal: Signal
+    writer: StoreWriter
+    known: Known
+    missing: set[int]
+    bad: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _by_block_size(parts: list[_Part]) -> list[list[_Part]]:
+    """Stores that were begun with another block size cannot be filled in the same pass."""
+    groups: dict[int, list[_Part]] = defaultdict(list)
+    for part in parts:
+        groups[part.writer.block_size].append(part)
+    return list(groups.values())
+
+
 class _Run:
     """One rank's share of an extraction."""
 
     def __init__(
         self,
-        signal: Signal,
+        parts: list[_Part],
         proxy: Vlm,
         samples: Samples,
         batch_size: int,
         max_tokens: int,
         allowed: int,
-        known: Known,
     ) -> None:
-        self.signal, self.proxy, self.samples = signal, proxy, samples
-        self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.allowed, self.known = allowed, known
-        self.columns = {column.name: column for column in signal.columns(proxy)}
+        self.parts, self.proxy, self.samples = parts, proxy, samples
+        self.batch_size, self.max_tokens, self.allowed = batch_size, max_tokens, allowed
+        self.signals = [part.signal for part in parts]
+        self.columns = [part.signal.columns(proxy) for part in parts]
 
-    def write_blocks(
-        self, writer: StoreWriter, blocks: Sequence[int], num_workers: int, progress: bool
-    ) -> None:
+    def write_blocks(self, blocks: Sequence[int], num_workers: int, progress: bool) -> None:
         """Compute what is not known of `blocks`, and commit them. Stops with DataError once too
         many samples are unusable."""
+        writer = self.parts[0].writer
         block_rows = [writer.block_rows(block) for block in blocks]
-        rows = [int(row) for mine in block_rows for row in mine[self.known.lacks(mine)]]
+        fresh = [self._fresh(*pair) for pair in zip(blocks, block_rows, strict=True)]
+        rows = [int(row) for mine, new in zip(block_rows, fresh, strict=True) for row in mine[new]]
         items = iter(load(self.samples, rows, num_workers, writer.block_size))
-        bad: list[dict[str, Any]] = []
-        with Progress(self.signal.name, len(rows), progress) as bar:
-            for block, mine in zip(blocks, block_rows, strict=True):
-                fresh = self.known.lacks(mine)
-                here = [next(items) for _ in range(fresh.sum())]
-                arrays, notes = self.compute(mine[fresh].tolist(), here, bar)
-                writer.write_block(block, self.known.completed(arrays, mine, fresh), notes)
-                bad += notes
-                check_bad(bad, self.allowed, self.samples.pool, writer.folder)
+        name = " + ".join(signal.name for signal in self.signals)
+        with Progress(name, len(rows), progress) as bar:
+            for block, mine, new in zip(blocks, block_rows, fresh, strict=True):
+                here = [next(items) for _ in range(new.sum())]
+                found = self.compute(mine[new].tolist(), here, bar)
+                for part, (arrays, notes) in zip(self.parts, found, strict=True):
+                    if block in part.missing:
+                        self._commit(part, block, mine, new, arrays, notes)
+
+    def _fresh(self, block: int, rows: np.ndarray) -> np.ndarray:
+        """Which `rows` (n,) of a block some signal has yet to be computed on, (n,) bool."""
+        lacking = [part.known.lacks(rows) for part in self.parts if block in part.missing]
+        return np.logical_or.reduce(lacking)
+
+    def _commit(
+        self,
+        part: _Part,
+        block: int,
+        rows: np.ndarray,
+        fresh: np.ndarray,
+        arrays: dict[str, np.ndarray],
+        notes: list[dict[str, Any]],
+    ) -> None:
+        notes = [note for note in notes if part.known.lacks(np.array([note["row"]]))]
+        part.writer.write_block(block, part.known.completed(arrays, rows, fresh), notes)
+        part.bad += notes
+        check_bad(part.bad, self.allowed, self.samples.pool, part.writer.folder)
 
     def compute(
         self, rows: list[int], items: list[Item | Unusable], bar: Progress
-    ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-        """Arrays of one block, NaN (0 for integers) where a sample has no numbers, and the list of
-        those samples."""
-        arrays = {name: _blank(column, len(rows)) for name, column in self.columns.items()}
-        reasons = {i: item.reason for i, item in enumerate(items) if isinstance(item, Unusable)}
-        bar.advance(len(reasons), len(reasons))
-        for positions in buckets({i: x for i, x in enumerate(items) if i not in reasons}):
+    ) -> list[tuple[dict[str, np.ndarray], list[dict[str, Any]]]]:
+        """Of each signal the arrays of one block, NaN (0 for integers) where a sample has no
+        numbers, and the list of those samples."""
+        arrays = [{c.name: _blank(c, len(rows)) for c in columns} for columns in self.columns]
+        unusable = {i: item.reason for i, item in enumerate(items) if isinstance(item, Unusable)}
+        reasons = [dict(unusable) for _ in self.parts]
+        bar.advance(len(unusable), len(unusable))
+        for positions in buckets({i: x for i, x in enumerate(items) if i not in unusable}):
             n_tokens = items[positions[0]].n_tokens
             while positions:
                 size = max(1, min(len(positions), self.batch_size, self.max_tokens // n_tokens))
@@ -225,16 +282,20 @@ class _Run:
                     self.max_tokens = size // 2 * n_tokens  # for all later batches too
                     continue
                 failed = self._store(arrays, batch, found, n_tokens)
-                reasons.update(failed)
-                bar.advance(size, len(failed))
+                for mine, new in zip(reasons, failed, strict=True):
+                    mine.update(new)
+                bar.advance(size, len(set().union(*failed)))
                 positions = rest
-        return arrays, [self.samples.note(rows[i], reasons[i]) for i in sorted(reasons)]
+        notes = [[self.samples.note(rows[i], mine[i]) for i in sorted(mine)] for mine in reasons]
+        return list(zip(arrays, notes, strict=True))
 
-    def _attempt(self, items: list[Item]) -> dict[str, np.ndarray] | None:
-        """The columns of one batch, or None when it does not fit into memory."""
+    def _attempt(self, items: list[Item]) -> list[dict[str, np.ndarray]] | None:
+        """The columns of one batch by signal, or None when it does not fit into memory."""
         try:
             with torch.inference_mode():
-                return self.signal.compute(self.proxy, items)
+                if len(self.signals) > 1:
+                    return compute_together(self.signals, self.proxy, items)
+                return [self.signals[0].compute(self.proxy, items)]
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -246,19 +307,24 @@ class _Run:
 
     def _store(
         self,
-        arrays: dict[str, np.ndarray],
+        arrays: list[dict[str, np.ndarray]],
         positions: list[int],
-        found: dict[str, np.ndarray] | None,
+        found: list[dict[str, np.ndarray]] | None,
         n_tokens: int,
-    ) -> dict[int, str]:
-        """Put a batch's columns in their places; returns the positions that have none, and why."""
+    ) -> list[dict[int, str]]:
+        """Put a batch's columns in their places; returns by signal the positions that have none,
+        and why."""
         if found is None:
-            return {positions[0]: f"out of memory with this sample alone ({n_tokens} tokens)"}
-        failed = non_finite(found, self.signal.may_be_nan)
-        good = [k for k in range(len(positions)) if k not in failed]
-        for name, array in found.items():
-            arrays[name][[positions[k] for k in good]] = array[good]
-        return {positions[k]: reason for k, reason in failed.items()}
+            reason = f"out of memory with this sample alone ({n_tokens} tokens)"
+            return [{positions[0]: reason} for _ in self.parts]
+        reasons = []
+        for signal, into, columns in zip(self.signals, arrays, found, strict=True):
+            failed = non_finite(columns, signal.may_be_nan)
+            good = [k for k in range(len(positions)) if k not in failed]
+            for name, array in columns.items():
+                into[name][[positions[k] for k in good]] = array[good]
+            reasons.append({positions[k]: reason for k, reason in failed.items()})
+        return reasons
 
 
 def load(

@@ -58,6 +58,9 @@ class Signal:
     reads_images: ClassVar[bool] = True
     """False: the samples are prepared without their images."""
 
+    shares_pass: ClassVar[bool] = False
+    """True: a `selection.signals.onepass.OnePass`, which can be computed together with others."""
+
     def identity(self) -> dict[str, Any]:
         """What decides the numbers besides proxy and pool."""
         return {"settings": asdict(self), "schema": self.schema}
