@@ -11,7 +11,7 @@ again. Two processes may finish the same unit; one of the lines is used, and the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -144,15 +144,15 @@ def write_attacks(path: Path, head: Head, parts: Parts, n_units: int) -> None:
     files.atomic_write(path, lines())
 
 
-def write_answers(path: Path, given: Sequence[Record], model: str) -> None:
-    """`given`, one record an item, as LLaVA's evaluation modules write it."""
+def write_answers(path: Path, given: Iterable[tuple[Record, str]], model: str) -> None:
+    """The record of each item, and its recorded prompt, as LLaVA's evaluation modules write it."""
 
     def lines() -> Iterator[bytes]:
-        for record in given:
-            name = f"{model}|{record.question_id}|{record.prompt}"
+        for record, prompt in given:
+            name = f"{model}|{record.question_id}|{prompt}"
             answer = {
                 "question_id": record.question_id,
-                "prompt": record.prompt,
+                "prompt": prompt,
                 "text": record.text,
                 "answer_id": xxhash.xxh3_64_hexdigest(name.encode()),
                 "model_id": model,

@@ -235,7 +235,8 @@ class Evaluation:
         Temporary files are not swept: another process may be writing the same.
         """
         given, seconds, n_tokens = self._given(parts)
-        write_answers(out / ANSWERS, given, self.model_name)
+        prompts = map(self.task.recorded, self.items)
+        write_answers(out / ANSWERS, zip(given, prompts, strict=True), self.model_name)
         summary = self._describe(seconds, n_tokens)
         texts = {item.id: record.text for item, record in zip(self.items, given, strict=True)}
         write_submission(out / "submission", self.task.submission(self.items, texts))

@@ -75,6 +75,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def recorded(self, item: Item) -> str:
+        """`prompt` in answer files, where LLaVA's script for the benchmark writes another one."""
+        return item.prompt
+
     def counted(self, item: Item) -> bool:
         """Whether an item is in the numbers under attack that papers print."""
         return True

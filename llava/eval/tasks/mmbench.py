@@ -23,6 +23,7 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,6 +84,10 @@ class MmBench(Task):
             "circular": percent(sum(map(all, groups.values())), len(groups)),
             "per_row": percent(sum(map(sum, groups.values())), len(items)),
         }
+
+    def recorded(self, item: Item) -> str:
+        """Without the instruction, as LLaVA's model_vqa_mmbench has it."""
+        return dataclasses.replace(item.question, suffix=None).render()
 
     def submission(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, bytes]:
         """The server's workbook: the file's columns without pictures and hints, and `prediction`

@@ -105,6 +105,10 @@ class ScienceQa(Task):
         }
         return {"output.jsonl": _indented(parts), "result.json": _indented(result)}
 
+    def recorded(self, item: Item) -> str:
+        """With "<image>" before a question with a picture: LLaVA's script counts those by it."""
+        return f"<image>\n{item.prompt}" if item.images else item.prompt
+
     def counted(self, item: Item) -> bool:
         """Only items with a picture: the subset that papers mean by ScienceQA."""
         return _has_image(item)

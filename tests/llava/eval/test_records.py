@@ -104,12 +104,13 @@ def test_an_attack_file_gives_its_records_back(tmp_path):
 
 
 def test_answers_are_llavas_lines(tmp_path):
-    write_answers(tmp_path / "a.jsonl", [unit(0, "B").records[0], unit(1).records[0]], "llava-7b")
+    given = [unit(0, "B").records[0], unit(1).records[0]]
+    write_answers(tmp_path / "a.jsonl", zip(given, ("Why?\nÄ", "How?"), strict=True), "llava-7b")
     first, second = map(json.loads, (tmp_path / "a.jsonl").read_text("utf-8").splitlines())
     assert first.pop("answer_id") != second["answer_id"]
     assert first == {
         "question_id": "q0",
-        "prompt": "Which?\nÄ",
+        "prompt": "Why?\nÄ",
         "text": "B",
         "model_id": "llava-7b",
         "metadata": {},

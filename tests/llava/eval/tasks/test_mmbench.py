@@ -51,6 +51,7 @@ def test_prompts(read):
         (1, 0, (b"picture",), "c"),
         (2, 1, (b"picture",), "c"),
     ]
+    assert find_task("mmbench").recorded(items[0]) == "Which?\nA. w\nB. x\nC. y\nD. z"
     assert read([row(1)], name="mmbench_cn")[0].prompt.endswith("D. z\n请直接回答选项字母。")
 
 

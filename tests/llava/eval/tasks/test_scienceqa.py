@@ -44,6 +44,7 @@ def test_real_items(shared_data):
         assert item.prompt == item.question.render() == asked.removeprefix("<image>\n") + SUFFIX
         assert (item.id, "ABCDE"[item.gold]) == (source["id"], answer)
         assert item.images == ((source["image"],) if "image" in source else ())
+        assert find_task("sqa").recorded(item) == asked + SUFFIX  # LLaVA counts by its "<image>"
     texts = {i.id: "ABCDE"[i.gold] for i in items}
     assert set(find_task("sqa").score(items, texts).values()) == {100, 0}
 
