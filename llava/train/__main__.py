@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -71,11 +72,16 @@ def make_collator(loaded: Loaded, packing: bool = False) -> Collator | PackingCo
     return PackingCollator(collator, single_row=is_flash_attention_requested(attention))
 
 
-def train(arguments: Arguments) -> None:
+def train(
+    arguments: Arguments,
+    trainer_type: Callable[..., LlavaTrainer] = LlavaTrainer,
+    more: dict[str, Any] | None = None,
+) -> None:
     """Run one stage of training and write its model to `--output_dir`.
 
     A run that was interrupted goes on from its newest complete checkpoint; one that is done says
-    so. Raises Preempted after a signal, when a checkpoint is written.
+    so. Raises Preempted after a signal, when a checkpoint is written. `more` is what else decides
+    the run, where `trainer_type` does.
     """
     flags = arguments.training
     check_machine(flags)
@@ -86,11 +92,11 @@ def train(arguments: Arguments) -> None:
     with Interrupt() as interrupt:
         set_seed(flags.seed)
         output_dir = Path(flags.output_dir)
-        run = ranks.from_main(lambda: identity(arguments))
+        run = ranks.from_main(lambda: {**identity(arguments), **(more or {})})
         if ranks.from_main(lambda: is_done(output_dir, run)):
             return
         resumed = ranks.from_main(lambda: resume_point(arguments, run))
-        trainer, exporter = make_trainer(arguments, run)
+        trainer, exporter = make_trainer(arguments, run, trainer_type)
         stop = StopAtSignal(interrupt)
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=resumed)
@@ -140,7 +146,9 @@ def resume_point(arguments: Arguments, run: dict) -> str | None:
     return str(newest)
 
 
-def make_trainer(arguments: Arguments, run: dict) -> tuple[LlavaTrainer, Exporter]:
+def make_trainer(
+    arguments: Arguments, run: dict, trainer_type: Callable[..., LlavaTrainer] = LlavaTrainer
+) -> tuple[LlavaTrainer, Exporter]:
     """Model and data of the flags, ready to train, and what writes the result."""
     loaded = load_model(arguments)
     data = make_dataset(arguments, loaded)
@@ -153,7 +161,7 @@ def make_trainer(arguments: Arguments, run: dict) -> tuple[LlavaTrainer, Exporte
         if ranks.rank() == 0:
             write_json(folder / FILE, run)
 
-    trainer = LlavaTrainer(
+    trainer = trainer_type(
         model=model,
         args=arguments.training,
         train_dataset=data,

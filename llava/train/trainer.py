@@ -63,18 +63,25 @@ class EpochSampler(ModalityLengthSampler):
 def supervised_loss(
     model: torch.nn.Module, inputs: dict[str, torch.Tensor], n_tokens: torch.Tensor | int
 ) -> torch.Tensor:
-    """Sum of the cross entropy at supervised positions, divided by `n_tokens`.
+    """Sum of the cross entropy at supervised positions, divided by `n_tokens`."""
+    return token_losses(model, inputs)[0].sum() / n_tokens
+
+
+def token_losses(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy at every supervised position (T,), and which row of the batch it is in (T,).
 
     `inputs` hold `labels` (B, L). The output layer runs only at positions where some row of the
-    batch is supervised; without any the result is 0 and still connected to every parameter.
+    batch is supervised; without any, the sum is 0 and still connected to every parameter.
     """
     labels = inputs.pop("labels")[:, 1:]
     supervised = labels != IGNORE_INDEX  # (B, L - 1)
     keep = supervised.any(dim=0).nonzero().flatten()  # (K,)
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits  # (B, K, V)
     chosen = supervised[:, keep]
-    loss = F.cross_entropy(logits[chosen].float(), labels[:, keep][chosen], reduction="sum")
-    return loss / n_tokens
+    losses = F.cross_entropy(logits[chosen].float(), labels[:, keep][chosen], reduction="none")
+    return losses, chosen.nonzero()[:, 0]
 
 
 @contextmanager
@@ -230,7 +237,17 @@ class LlavaTrainer(transformers.Trainer):
         dummy = inputs.pop("pixel_values") if inputs.pop("dummy_image", False) else None
         tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
         with nullcontext() if dummy is None else seen_beside(self.model, dummy):
-            return supervised_loss(model, tensors, n_tokens)
+            return self.reduced(*token_losses(model, tensors), inputs["rows"], n_tokens)
+
+    def reduced(
+        self,
+        losses: torch.Tensor,
+        sample: torch.Tensor,
+        rows: Sequence[int],
+        n_tokens: torch.Tensor | int,
+    ) -> torch.Tensor:
+        """The batch's loss from those of its tokens (T,), of `rows[sample]` (T,)."""
+        return losses.sum() / n_tokens
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

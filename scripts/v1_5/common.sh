@@ -10,6 +10,7 @@
 #   NPROC=8             processes on this machine (default: one a GPU, else two)
 #   TORCHRUN_ARGS=...   torchrun's flags for several machines: see scripts/slurm/
 #   REPORT_TO=wandb     tracker (default: none)
+#   TRAINING=...        another training program (default: llava.train.train_mem)
 #   PYTHON=...          this interpreter instead of .venv
 # With neither MODEL nor DATA, or with DATA from the small world, the small world's model is trained.
 #
@@ -73,7 +74,7 @@ train() {
       echo "$recipe: trains $MODEL on $DATA, into $OUTPUT" >&2
       # shellcheck disable=SC2206  # TORCHRUN_ARGS is a list of flags
       run=("$PYTHON" -m llava.train.launch ${TORCHRUN_ARGS:---standalone} --nproc_per_node "$NPROC"
-        -m llava.train.train_mem) ;;
+        -m "${TRAINING:-llava.train.train_mem}") ;;
   esac
   exec "${run[@]}" "${deepspeed[@]}" \
     --model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGES" --output_dir "$OUTPUT" \

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,11 @@ class Assembly:
         lowest = tuple(float(v.min()) if len(v) else 0.0 for v in values)
         highest = tuple(float(v.max()) if len(v) else 0.0 for v in values)
         return cls(clip_width, names, lowest, highest)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Assembly:
+        """From its fields, as JSON gives them."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ weights do not depend on how many there are, and no gradient has to be exchanged
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,29 @@ class Fitter:
         self.optimizer.step()
         self.n_done += 1
         return losses[0].item(), losses[1].item()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a run needs to go on from here."""
+        found = {f"network.{k}": v for k, v in self.scorer.network.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            found |= {f"adam.{i}.{name}": value for name, value in moments.items()}
+        return {**found, "log_sigma": self.log_sigma.detach(), "done": torch.tensor(self.n_done)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        network = {
+            k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")
+        }
+        self.scorer.network.load_state_dict(network)
+        self.log_sigma.data.copy_(state["log_sigma"])
+        self.n_done = int(state["done"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            if key.startswith("adam."):
+                _, i, name = key.split(".")
+                moments.setdefault(int(i), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def schedule(step: int, n_steps: int) -> float:

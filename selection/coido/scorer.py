@@ -151,8 +151,7 @@ class Scorer:
         if values.pop("schema") != SCHEMA:
             raise UsageError(f"--scorer {path}: written by another version; train it again")
         architecture = values.pop("architecture")
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        assembly = Assembly(**lists)
+        assembly = Assembly.of(values)
         network = ARCHITECTURES[architecture](assembly.widths)
         network.load_state_dict(state)
         return cls(architecture, assembly, network)

@@ -155,12 +155,19 @@ class Coido(Method):
         positions = np.searchsorted(reader.rows, rows)
         features = assembly.rows([reader.take(name, positions) for name in CLIP], scores)
         labels = clusters(features, settings.n_clusters, settings.n_neighbours)
-        scorer = Scorer.new(settings.architecture, assembly, int(rng.integers(2**31)))
+        seed = int(rng.integers(2**31))
+        scorer = Scorer.new(settings.architecture, assembly, seed)
         recipe = Recipe(len(batches), settings.learning_rate, settings.objective, settings.balance)
         curve, fitter = fit(scorer, recipe, features, labels, batches)
         about = {"sigma": fitter.log_sigma.detach().exp().tolist(), **asdict(recipe)}
         artefacts = {
-            "training": {"architecture": scorer.architecture, **asdict(assembly), **about},
+            "training": {
+                "architecture": scorer.architecture,
+                "assembly": asdict(assembly),
+                "seed": seed,
+                "recipe": asdict(recipe),
+                "sigma": about["sigma"],
+            },
             "losses": curve,
             "training_rows": rows,
             "training_clusters": labels,

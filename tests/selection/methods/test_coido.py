@@ -53,7 +53,8 @@ def test_scores_are_minus_the_scorers_logits_of_the_same_assembly(world, tmp_pat
     rows = scorer.assembly.rows(halves, {"clip_score": clip.column("clip_score")})
     logits = scorer.score(torch.from_numpy(rows)).numpy()
     np.testing.assert_allclose(run.scores, -logits, atol=1e-5)
-    low, high = run.artefacts["training"]["lowest"][0], run.artefacts["training"]["highest"][0]
+    fitted = run.artefacts["training"]["assembly"]
+    low, high = fitted["lowest"][0], fitted["highest"][0]
     trained_on = clip.column("clip_score")[run.artefacts["training_rows"]]
     assert (low, high) == (np.nanmin(trained_on), np.nanmax(trained_on))
     assert any("without image_reward, llm_score" in note for note in run.notes)
