@@ -4,6 +4,7 @@
 #
 #   bash selection.sh                                   the small real world, 30 % by ARDS
 #   bash selection.sh random --budget 0.1               another method, any flag of `python -m selection select METHOD --help`
+#   bash selection.sh all --budget 0.2                  every method that can run, one pass of the proxy, one comparison
 #   bash selection.sh --pool llava_v1_5_mix665k.json --images playground/data --model checkpoints/llava-7b-warmup \
 #     --model-base lmsys/vicuna-7b-v1.5 --budget 0.3 --out outputs/ards30        LLaVA-665K on every GPU of this node
 #   bash selection.sh mllm_selector --pool ...          without --model: first fine-tunes its seed model (MODEL= the base)
@@ -43,7 +44,8 @@ if [ -n "$small_world" ]; then
       "$PYTHON" -m mini warmup --data "$world" --out "$world/proxy"
       defaults+=(--model "$world/proxy" --budget 0.3) ;;
   esac
-  if grep -qs "^clip: $world/clip" "mini/${method[0]}.yaml"; then "$PYTHON" -m mini clip --data "$world" --out "$world/clip"; fi
+  if [ "${method[0]}" = all ]; then defaults+=(--settings mini); fi
+  if [ "${method[0]}" = all ] || grep -qs "^clip: $world/clip" "mini/${method[0]}.yaml"; then "$PYTHON" -m mini clip --data "$world" --out "$world/clip"; fi
   if [ -f "mini/${method[0]}.yaml" ]; then defaults=(--config "mini/${method[0]}.yaml" "${defaults[@]}"); fi
 fi
 # The proxy of MLLM-Selector has learnt its seed set, that of the methods that compare gradients 5 % of the pool.
@@ -66,5 +68,7 @@ if [ "$nproc" -gt 1 ] || [ -n "${TORCHRUN_ARGS:-}" ]; then
 else
   run=("$PYTHON" -m selection)
 fi
-"${run[@]}" select "${method[@]}" "${defaults[@]}" "$@"
+ask=(select "${method[@]}")
+if [ "${method[0]:-}" = all ]; then ask=(all); fi
+"${run[@]}" "${ask[@]}" "${defaults[@]}" "$@"
 if [ -n "$report" ]; then "$PYTHON" -m mini report ${out:+--run "$out"}; fi

@@ -29,7 +29,7 @@ class ReportSettings:
     """What to report on."""
 
     run: str | None = None
-    """the run folder; by default the newest one in outputs/"""
+    """the run folder, or the folder of an `all`; by default the newest one in outputs/"""
     seed: int = 0
     """seed of the random subset"""
 
@@ -60,6 +60,10 @@ def main(args: Sequence[str]) -> None:
     parser.add_class_arguments(ReportSettings, as_group=True)
     settings = ReportSettings(**parser.parse_args(list(args)).as_dict())
     run = Path(settings.run) if settings.run else newest_run(Path("outputs"))
+    runs = sorted(path.parent for path in run.glob("*/manifest.json"))
+    if runs and not (run / "manifest.json").exists():
+        print_comparison(runs)
+        return
     manifest = _manifest(run)
     pool = Pool.open(manifest["pool"]["path"], limit=manifest["pool"]["n"])
     rows = np.loadtxt(run / "subset_rows.txt", dtype=np.int64, ndmin=1)
@@ -70,11 +74,12 @@ def main(args: Sequence[str]) -> None:
 
 
 def newest_run(outputs: Path) -> Path:
-    """The run folder whose manifest was written last."""
-    manifests = sorted(outputs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    """The folder in `outputs` with the manifest that was written last, in it or one below."""
+    manifests = [*outputs.glob("*/manifest.json"), *outputs.glob("*/*/manifest.json")]
     if not manifests:
         raise UsageError(f"{outputs}: holds no finished run; `bash selection.sh` makes one")
-    return manifests[-1].parent
+    newest = max(manifests, key=lambda path: path.stat().st_mtime)
+    return outputs / newest.relative_to(outputs).parts[0]
 
 
 def random_rows(pool: Pool, k: int, seed: int) -> np.ndarray:
@@ -126,6 +131,22 @@ def print_report(
         f"draws share {len(rows) / n:.1%})",
         markup=False,
     )
+
+
+def print_comparison(runs: Sequence[Path]) -> None:
+    """Share of each label in the pool and in the subset of each of several runs of one pool."""
+    first = _manifest(runs[0])["pool"]
+    pool = Pool.open(first["path"], limit=first["n"])
+    subsets = [np.loadtxt(run / "subset_rows.txt", dtype=np.int64, ndmin=1) for run in runs]
+    found = [oracle_shares(pool, rows, rows) for rows in subsets]
+    table = Table(box=None, pad_edge=False)
+    for title in ("oracle label", "pool", *(run.name for run in runs)):
+        table.add_column(title, justify="left" if title == "oracle label" else "right")
+    for shares in zip(*found, strict=True):
+        counts = [(share.subset, len(rows)) for share, rows in zip(shares, subsets, strict=True)]
+        cells = [(shares[0].pool, len(pool)), *counts]
+        table.add_row(shares[0].label, *(f"{count / of:.1%}" for count, of in cells))
+    Console(soft_wrap=True, highlight=False).print(table)
 
 
 def _manifest(run: Path) -> dict:

@@ -4,6 +4,7 @@ list      the methods, what they read, their presets
 check     every defect of a pool, before a GPU is used
 extract   compute the forward signals of a pool (they are shared by all methods)
 select    choose a subset: python -m selection select METHOD --pool ... --budget 0.3
+all       every method that can run, one pass of the proxy, one comparison
 compare   what subsets share: python -m selection compare RUN RUN ... [--out DIR]
 verify    check a finished run: hashes, exact subset, versions
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from llava.errors import UsageError, run_main
 
-VERBS = ("list", "check", "extract", "select", "compare", "verify")
+VERBS = ("list", "check", "extract", "select", "all", "compare", "verify")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,6 +113,17 @@ def run_select(argv: list[str]) -> None:
             selection.print_plan()
         return
     selection.execute()
+
+
+def run_all(argv: list[str]) -> None:
+    """Choose a subset with every method that can run, and compare them."""
+    from .every import AllSettings, select_all
+    from .settings import PoolSettings, ProxySettings, SelectSettings, parse_plain
+
+    about = "Run every method that the given models and files allow, and compare the subsets."
+    groups = (PoolSettings, ProxySettings, SelectSettings, AllSettings)
+    settings, _ = parse_plain("all", about, argv, *groups)
+    select_all(*settings)
 
 
 def run_compare(argv: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -21,7 +21,7 @@ from selection.ranks import Ranks
 
 from . import export
 from .budget import budget_size
-from .extract import check_images, extract
+from .extract import check_images, extract_together
 from .methods.base import Context, Request, Task
 from .plan import plan
 from .pool import Pool
@@ -271,9 +271,23 @@ def extract_signal(
             for name, (first, its_rows) in signal.before(pool, rows).items()
         }
         proxy = signal.open_model(pool, readers, settings.dtype, settings.device)
-    return extract(
-        signal,
-        proxy or open_proxy(settings),
+    proxy = proxy or open_proxy(settings)
+    return extract_together_with([signal], rows, pool, where, settings, ranks, proxy)[0]
+
+
+def extract_together_with(
+    signals: Sequence[Any],
+    rows: np.ndarray,
+    pool: Pool,
+    where: PoolSettings,
+    settings: ProxySettings,
+    ranks: Ranks,
+    proxy: Vlm,
+) -> list[StoreReader]:
+    """`extract_together` with the given settings."""
+    return extract_together(
+        signals,
+        proxy,
         pool,
         rows,
         settings.store,

@@ -170,6 +170,17 @@ def test_gradient_methods_on_the_small_world(select, method):
     assert lines[-1] == "mini report"
 
 
+def test_all_is_a_verb_with_the_settings_of_the_small_world(select):
+    assert select("all", "--budget", "0.2", "--out", "o") == [
+        f"mini build --out {WORLD}",
+        f"mini warmup --data {WORLD} --out {WORLD}/proxy",
+        f"mini clip --data {WORLD} --out {WORLD}/clip",
+        f"selection all {SMALL} --settings mini --budget 0.2 --out o",
+        "mini report --run o",
+    ]
+    assert select("all", "--pool", "p", "--model", "m") == ["selection all --pool p --model m"]
+
+
 def test_one_process_a_gpu_and_what_torchrun_is_told(select):
     def start(**environment: str) -> str:
         (line,) = select("random", "--pool", "p", **environment)

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from mini.report import Share, oracle_shares, random_rows
+from mini.report import Share, main, newest_run, oracle_shares, random_rows
 from selection.pool import Pool
 
 
@@ -56,3 +56,20 @@ def test_random_rows_depend_on_the_seed_alone(tmp_path):
     assert len(set(first.tolist())) == 20
     assert (first == random_rows(pool, 20, seed=0)).all()
     assert (first != random_rows(pool, 20, seed=1)).any()
+
+
+def test_a_folder_of_runs_is_compared_by_label(tmp_path, capsys):
+    pool, labels = write(tmp_path)
+    subsets = {"first": range(0, 60, 7), "second": range(60)}
+    for name, rows in subsets.items():
+        run = tmp_path / "outputs" / "all" / name
+        run.mkdir(parents=True)
+        (run / "manifest.json").write_text(json.dumps({"pool": {"path": str(pool), "n": 60}}))
+        (run / "subset_rows.txt").write_text("".join(f"{row}\n" for row in rows))
+    assert newest_run(tmp_path / "outputs") == tmp_path / "outputs" / "all"
+    main(["--run", str(tmp_path / "outputs" / "all")])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[0] == ["oracle", "label", "pool", "first", "second"]
+    noisy = sum(label["noisy"] for label in labels) / 60
+    (row,) = (line for line in table if line[0] == "noisy")
+    assert row == ["noisy", f"{noisy:.1%}", "100.0%", f"{noisy:.1%}"]

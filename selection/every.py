@@ -1,0 +1,187 @@
+"""`python -m selection all`: every method that the given models and files allow, compared.
+
+The signals that come out of a plain forward pass are computed first, for all methods in one pass
+of the proxy over the pool; each method then finds its own in the store.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from llava.errors import UsageError
+from llava.vlm.base import Vlm
+from selection.ranks import Ranks
+
+from .compare import compare
+from .extract import check_images
+from .methods import Method, find_methods, get_method
+from .pool import Pool
+from .run import Selection, extract_together_with, open_proxy
+from .settings import PoolSettings, ProxySettings, Run, SelectSettings, parse_select
+from .signals.onepass import OnePass
+from .summary import source_shares
+
+
+@dataclass(frozen=True)
+class AllSettings:
+    """Which methods run, and with what."""
+
+    methods: tuple[str, ...] = ()
+    """only these, as a list: '[el2n,coincide]'; by default all that can run"""
+    settings: str | None = None
+    """folder of files METHOD.yaml with settings of single methods"""
+    targets: str | None = None
+    """YAML list of the target tasks, for the methods that have some"""
+
+
+def select_all(
+    where: PoolSettings, proxy: ProxySettings, select: SelectSettings, every: AllSettings
+) -> None:
+    """Run the methods one after another, into one folder each, and print how they compare.
+
+    A method whose flags, models or files are missing is left out and named with the reason.
+    Raises UsageError when none can run.
+    """
+    ranks, out = Ranks(), _folder(where, select)
+    runs, skipped = _runs(out, where, proxy, select, every)
+    model = open_proxy(proxy) if proxy.model else None
+    seconds = _one_pass(runs.values(), where, proxy, model, ranks)
+    finished: dict[str, Path] = {}
+    for name, run in runs.items():
+        selection = Selection(run, ranks)
+        if model is not None and any(_with_proxy(run.method)):
+            selection.proxy = model
+        try:
+            finished[name] = selection.execute()
+        except UsageError as error:
+            if ranks.world_size > 1:
+                raise  # the other ranks are in the middle of it
+            skipped[name] = str(error)
+    if not finished:
+        raise UsageError(next(iter(skipped.values())))
+    if ranks.is_first:
+        _report(out, finished, skipped, seconds)
+
+
+def _folder(where: PoolSettings, select: SelectSettings) -> Path:
+    if select.out:
+        return Path(select.out)
+    pool = Path(where.pool)
+    label = pool.resolve().parent.name if pool.stem == "pool" else pool.stem
+    return Path("outputs") / f"all-{label}-{select.budget.replace('%', 'pct')}"
+
+
+def _runs(
+    out: Path,
+    where: PoolSettings,
+    proxy: ProxySettings,
+    select: SelectSettings,
+    every: AllSettings,
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """What each method is asked for, and why the others cannot run."""
+    shared = {**asdict(where), **asdict(proxy), **asdict(select)}
+    runs, skipped = {}, {}
+    for name in every.methods or find_methods():
+        own = {**shared, "out": str(out / name)}
+        if get_method(name).target_signals is not Method.target_signals:
+            own["targets"] = every.targets
+        file = Path(every.settings or "") / f"{name}.yaml"
+        config = ["--config", str(file)] if every.settings and file.is_file() else []
+        try:
+            run = parse_select([name, *config, *_flags(own)])
+            run.method.checkpoints()
+            runs[name] = run
+        except UsageError as error:
+            skipped[name] = str(error)
+    return runs, skipped
+
+
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    """Settings as flags; those that are None are left to their defaults."""
+    lists = {key: f"[{','.join(v)}]" for key, v in values.items() if isinstance(v, tuple)}
+    return [f"--{key}={v}" for key, v in {**values, **lists}.items() if v is not None]
+
+
+def _with_proxy(method: Method) -> Iterable[Any]:
+    """The signals of a method that the proxy computes."""
+    others = method.checkpoints()
+    return (s for name, s in method.signals().items() if s.uses_proxy and name not in others)
+
+
+def _one_pass(
+    runs: Iterable[Run],
+    where: PoolSettings,
+    proxy: ProxySettings,
+    model: Vlm | None,
+    ranks: Ranks,
+) -> float:
+    """Seconds that the signals of all methods took that share a pass; 0 without a proxy."""
+    wanted = [s for run in runs for s in _with_proxy(run.method) if isinstance(s, OnePass)]
+    if model is None or not wanted:
+        return 0.0
+    begun, pool = time.monotonic(), Pool.open(where.pool, where.limit)
+    rows = np.arange(len(pool))
+    check_images(pool, rows, where.images)
+    signals = list(dict.fromkeys(wanted))
+    extract_together_with(signals, rows, pool, where, proxy, ranks, model)
+    return time.monotonic() - begun
+
+
+def _report(
+    out: Path, finished: Mapping[str, Path], skipped: Mapping[str, str], seconds: float
+) -> None:
+    manifests = {
+        name: json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, folder in finished.items()
+    }
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(_times_table({name: m["times"] for name, m in manifests.items()}, manifests))
+    console.print(f"one pass of the proxy over the pool, for all: {seconds:.1f} s", markup=False)
+    console.print(_shares_table(finished))
+    if len(finished) > 1:
+        compare([str(folder) for folder in finished.values()], out / "compare")
+    for name, reason in skipped.items():
+        console.print(f"not run: {name}: {reason}", markup=False)
+
+
+def _times_table(times: Mapping[str, Mapping[str, float]], manifests: Mapping[str, Any]) -> Table:
+    """Size of each subset and seconds of each stage."""
+    stages = list(dict.fromkeys(stage for mine in times.values() for stage in mine))
+    table = Table(title="seconds by stage", title_justify="left", box=None, pad_edge=False)
+    for title in ("method", "samples", *stages):
+        table.add_column(title, justify="left" if title == "method" else "right")
+    for name, mine in times.items():
+        cells = [f"{mine[stage]:.1f}" if stage in mine else "" for stage in stages]
+        table.add_row(name, str(manifests[name]["subset"]["n"]), *cells)
+    return table
+
+
+def _shares_table(finished: Mapping[str, Path]) -> Table:
+    """Share of every source in the pool and in each subset, largest source first."""
+    shares = {}
+    for name, folder in finished.items():
+        columns = pq.read_table(folder / "scores.parquet", columns=["source", "chosen"])
+        sources, chosen = (
+            columns[key].to_numpy(zero_copy_only=False) for key in columns.schema.names
+        )
+        shares[name] = source_shares(sources.astype(str), chosen.astype(bool))
+    pool = next(iter(shares.values()))
+    table = Table(title="share of each source", title_justify="left", box=None, pad_edge=False)
+    for title in ("source", "pool", *shares):
+        table.add_column(title, justify="left" if title == "source" else "right")
+    n_pool = sum(in_pool for _, in_pool, _ in pool)
+    sizes = {name: sum(n for *_, n in mine) for name, mine in shares.items()}
+    for i, (source, in_pool, _) in enumerate(pool):
+        cells = [f"{mine[i][2] / sizes[name]:.1%}" for name, mine in shares.items()]
+        table.add_row(source, f"{in_pool / n_pool:.1%}", *cells)
+    return table
