@@ -63,14 +63,14 @@ class Table:
         return [(group.benchmark, key) for group in self.groups for key in group.columns]
 
     def cells(self, missing: str, bold: str) -> dict[str, list[str]]:
-        """Rows of text with two decimals; `bold` is the format of the best in a column."""
+        """Rows of text with two decimals; `bold` is the format of a column's best, if one is."""
         columns = [self._column(key, missing, bold) for key in self.keys()]
         return {name: list(cells) for name, *cells in zip(self.rows, *columns, strict=True)}
 
     def _column(self, key: tuple[str, str], missing: str, bold: str) -> list[str]:
         texts = [f"{row[key]:.2f}" if key in row else missing for row in self.rows.values()]
         known = [text for text in texts if text != missing]
-        best = max(known, key=float) if len(known) > 1 else None
+        best = max(known, key=float) if len(set(known)) > 1 else None
         return [bold.format(text) if text == best else text for text in texts]
 
 

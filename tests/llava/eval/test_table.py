@@ -21,6 +21,7 @@ TABLE = Table(
     {
         "a_b": {("sqa", "clean"): 70.0, ("sqa", "pa"): 50.001, ("mme", "perception"): 1500.0},
         "c": {("sqa", "clean"): 9.5, ("sqa", "pa"): 50.004},
+        "d": {("sqa", "clean"): 9.5, ("sqa", "pa"): 0.0, ("mme", "perception"): 1500.0},
     },
 )
 
@@ -31,6 +32,7 @@ def test_markdown_marks_the_best_and_what_is_missing():
         "| ----- | --------------: | --------: | -------------: |",
         "| a_b   |       **70.00** | **50.00** |        1500.00 |",
         "| c     |            9.50 | **50.00** |              – |",
+        "| d     |            9.50 |      0.00 |        1500.00 |",
     ]
 
 
@@ -44,6 +46,7 @@ def test_latex():
         r"\midrule",
         r"a\_b & \textbf{70.00} & \textbf{50.00} & 1500.00 \\",
         r"c & 9.50 & \textbf{50.00} & -- \\",
+        r"d & 9.50 & 0.00 & 1500.00 \\",
         r"\bottomrule",
         r"\end{tabular}",
     ]
@@ -54,6 +57,7 @@ def test_csv_keeps_all_digits():
         "model,sqa/clean,sqa/pa,mme/perception",
         "a_b,70.0,50.001,1500.0",
         "c,9.5,50.004,",
+        "d,9.5,0.0,1500.0",
     ]
 
 
