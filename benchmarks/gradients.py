@@ -8,7 +8,7 @@
     ours       selection.signals.gradients, all samples in one batch, count-sketch
     plain      batched forward and backward of the same model that keep no gradient: the LoRA beside
                the weights and frozen, as it was trained
-    merged     the same with the LoRA merged: no engine can take less
+    merged     the same with the LoRA merged: the floor
 
 Random Llama of 12 layers x 1024, LoRA r=64 on its seven linear maps (15.1 M numbers; --quick: 6 x
 512, r=16), samples of 690 tokens of which 60 are answers, float32, one thread. Time is process CPU
