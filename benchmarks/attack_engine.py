@@ -3,7 +3,7 @@
     python benchmarks/attack_engine.py [--quick] [--gpu]
 
     naive    every order on its own: picture, whole prompt, `generate`, as the released evaluations
-    shared   picture and stem once, all orders from there in one batch
+    shared   picture and stem once, all orders from there as one tree
 
 One item of four options in its 24 orders, none skipped; stem and options as long as ScienceQA's are
 on average (22 and 14 tokens), the instruction as long as LLaVA's (16), a picture of 576 positions,

@@ -76,7 +76,7 @@ class Memory(nn.Module):
 
 
 class OracleDecoder(PreTrainedModel):
-    """States of the last position are the one-hot next token; there are none before it."""
+    """The state of a position is the one-hot token that follows what it may see."""
 
     config_class = OracleConfig
     _supports_sdpa = True
@@ -92,6 +92,7 @@ class OracleDecoder(PreTrainedModel):
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         **_,
@@ -99,9 +100,16 @@ class OracleDecoder(PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         history = self.layers[0].self_attn(input_ids, past_key_values)
-        states = torch.zeros(*input_ids.shape, self.config.vocab_size)
-        chosen = torch.tensor([self.write(row) for row in history.tolist()])
-        states[:, -1] = F.one_hot(chosen, self.config.vocab_size).float()
+        n = input_ids.shape[1]
+        if attention_mask is None or attention_mask.dim() < 4:
+            seen = torch.ones(n, history.shape[1]).tril(history.shape[1] - n).bool()[None]
+        else:
+            seen = attention_mask[:, 0]
+        chosen = [
+            [self.write(ids[row].tolist()) for row in rows]
+            for ids, rows in zip(history, seen.expand(len(history), -1, -1), strict=True)
+        ]
+        states = F.one_hot(torch.tensor(chosen), self.config.vocab_size).float()
         return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
 
 

@@ -1,8 +1,8 @@
 """Two engines that ask a model questions and read its greedy answers.
 
     shared   what the asks of an item have in common (system text, images, stem) is computed once;
-             all the different ends go on from it in one batch, and a row leaves it at its answer's
-             end
+             all the different ends go on from it together, as one tree (`tree.py`), until each
+             answer has ended
     naive    every ask on its own, `generate` with the whole prompt, as the released evaluations do
 
 In float32 they give the same answers. An answer is the argmax at every step, whatever penalties or
@@ -27,11 +27,19 @@ from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcess
 from transformers.cache_utils import DynamicLayer
 
 from llava.errors import UsageError
-from llava.eval.prefix import MAX_TOKENS, branches, can_share, common_prefix, run_prefix
+from llava.eval.prefix import (
+    MAX_TOKENS,
+    can_share,
+    common_prefix,
+    continued,
+    run_prefix,
+)
+from llava.eval.tree import attention_mask, grow, has_one_mask, window_of
 from llava.vlm.base import Prepared, StableRows, Vlm
 
 MAX_NEW_TOKENS = 128
 """As LLaVA's model_vqa_loader."""
+_NODES = 4096  # of a tree: its mask has the square of them
 _WHOLE = 4  # whole prompts keep the keys of every layer, not of one: batches are that much smaller
 
 
@@ -233,7 +241,8 @@ class SharedSession(Session):
         rows = [prompt.input_ids for prompt in self._prompts]
         ids = pad_sequence(rows, batch_first=True, padding_value=vlm.pad_id)
         n = common_prefix(ids, torch.zeros_like(ids), [len(row) for row in rows], vlm.model.config)
-        if n == 0 or clean.token_inputs or not can_share(vlm.model):
+        shares = can_share(vlm.model) and has_one_mask(vlm.model)
+        if n == 0 or clean.token_inputs or not shares:
             return 0, []
         with StableRows():
             inputs = vlm.image_inputs([clean])
@@ -244,42 +253,56 @@ class SharedSession(Session):
     def _go_on(
         self, prompts: list[Prepared], asks: list[Ask], n: int, layers: list[DynamicLayer]
     ) -> list[Reply]:
-        """Replies from the prefix of n positions, ends of equal length in one batch."""
-        engine, replies = self.engine, {}
-        for rows in _groups([len(prompt.input_ids) for prompt in prompts], engine._rows):
-            ends = torch.stack([prompts[row].input_ids[n:] for row in rows])
-            written, logits = self._decode(ends.to(engine.vlm.device), n, branches(layers))
-            for row, *found in zip(rows, written, logits, strict=True):
-                replies[row] = engine.read(asks[row], *found)
-        return [replies[row] for row in range(len(prompts))]
+        """Replies from the prefix of n positions, as many ends together as a tree may hold."""
+        ends = [prompt.input_ids[n:].tolist() for prompt in prompts]
+        size = min(_NODES, self.engine.max_tokens) // max(map(len, ends), default=1) or 1
+        replies: list[Reply] = []
+        for start in range(0, len(ends), size):
+            written, logits = self._decode(ends[start : start + size], n, layers)
+            found = zip(asks[start : start + size], written, logits, strict=True)
+            replies += [self.engine.read(*reply) for reply in found]
+        return replies
 
     @torch.inference_mode()
-    def _decode(self, ids: Tensor, at: int, cache: Cache) -> tuple[list[list[int]], Tensor]:
-        """Greedy continuations of the ends `ids` (B, S) from position `at`, first logits (B, V)."""
-        vlm, decoder = self.engine.vlm, self.engine.vlm.decoder
-        written: list[list[int]] = [[] for _ in ids]
-        alive, first = list(range(len(ids))), None
+    def _decode(
+        self, ends: list[list[int]], n: int, layers: list[DynamicLayer]
+    ) -> tuple[list[list[int]], Tensor]:
+        """Greedy continuations of B ends of the prefix, first logits (B, V)."""
+        vlm, tree, cache = self.engine.vlm, grow(ends), continued(layers)
+        window = window_of(vlm.model)
+        written: list[list[int]] = [[] for _ in ends]
+        alive, first = list(range(len(ends))), None
+        ids, sees, places = tree.ids, tree.sees, torch.tensor(tree.ends)
+        positions = n + tree.depths
+        keys = torch.arange(n)
         with StableRows():
             while True:
-                self.n_tokens += ids.numel()
-                positions = torch.arange(at, at + ids.shape[1], device=ids.device)[None]
-                out = decoder(
-                    input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
-                )
-                logits = vlm.head(out.last_hidden_state[:, -1]).float()
+                keys = torch.cat([keys, positions])
+                states = self._run(ids, positions, attention_mask(sees, keys, window), cache)
+                logits = vlm.head(states[places.to(vlm.device)]).float()
                 first = logits if first is None else first
-                chosen = logits.argmax(-1)
-                tokens = chosen.tolist()
-                going = [place for place, token in enumerate(tokens) if token not in vlm.stop_ids]
-                for place in going:
-                    written[alive[place]].append(tokens[place])
+                chosen = logits.argmax(-1).tolist()
+                going = [i for i, token in enumerate(chosen) if token not in vlm.stop_ids]
+                for i in going:
+                    written[alive[i]].append(chosen[i])
                 if not going or len(written[alive[going[0]]]) == self.engine.max_new_tokens:
                     return written, first
-                if len(going) < len(alive):
-                    cache.batch_select_indices(torch.tensor(going, device=ids.device))
-                alive = [alive[place] for place in going]
-                at += ids.shape[1]
-                ids = chosen[going, None]
+                alive, nodes = [alive[i] for i in going], places[going]
+                ids = torch.tensor([chosen[i] for i in going])
+                sees = torch.cat([sees[nodes], torch.eye(len(going), dtype=torch.bool)], 1)
+                positions, places = positions[nodes] + 1, torch.arange(len(going))
+
+    def _run(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """States (N, H) of N further nodes."""
+        vlm = self.engine.vlm
+        self.n_tokens += len(ids)
+        return vlm.decoder(
+            input_ids=ids[None].to(vlm.device),
+            position_ids=positions[None].to(vlm.device),
+            attention_mask=mask.to(vlm.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[0]
 
 
 class SharedEngine(Engine):

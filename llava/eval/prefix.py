@@ -63,30 +63,15 @@ class PrefixLayer(DynamicLayer):
         return _join(self.keys, keys), _join(self.values, values)
 
 
-class BranchLayer(PrefixLayer):
-    """The same, with the keys and values that each row has added since."""
-
-    def __init__(self, layer: DynamicLayer) -> None:
-        super().__init__(layer)
-        self.own: tuple[Tensor, Tensor] | None = None  # (B, heads, S, D) each
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        new = (keys, values)
-        if self.own is not None:
-            new = tuple(torch.cat(pair, dim=-2) for pair in zip(self.own, new, strict=True))
-        self.own = new
-        return super().update(*new)
-
-    def get_seq_length(self) -> int:
-        return super().get_seq_length() + (0 if self.own is None else self.own[0].shape[-2])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.own = tuple(tensor[indices] for tensor in self.own)
-
-
-def branches(layers: Sequence[DynamicLayer]) -> Cache:
-    """A cache on which a batch of rows goes on from the prefix."""
-    return Cache([BranchLayer(layer) for layer in layers])
+def continued(layers: Sequence[DynamicLayer]) -> Cache:
+    """A cache that begins with the prefix and may grow; `layers` stay as they are."""
+    copies = []
+    for layer in layers:
+        copy = DynamicLayer()
+        copy.lazy_initialization(layer.keys, layer.values)
+        copy.keys, copy.values = layer.keys, layer.values
+        copies.append(copy)
+    return Cache(copies)
 
 
 def _join(shared: Tensor, own: Tensor) -> Tensor:
