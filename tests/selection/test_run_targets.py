@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,6 +98,20 @@ def test_replays_and_is_known_again(world, icons, capsys):
     capsys.readouterr()
     main(world.argv("icons", *SMALL, "--targets", write_targets(world), method="icons"))
     assert "already holds this run" in capsys.readouterr().out
+
+
+def test_two_processes_choose_what_one_chooses(world, icons):
+    flags = [*SMALL, "--targets", write_targets(world), "--block_size", "8"]
+    argv = world.argv("two", *flags, method="icons", store="store-two")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [sys.executable, *launch, "-m", "selection", *argv],
+        check=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    assert subset(world.folder / "two") == subset(icons)
 
 
 @pytest.mark.parametrize(
