@@ -339,8 +339,10 @@ def _groups(keys: Sequence, size: Callable[..., int]) -> Iterator[list[int]]:
 ENGINES: dict[str, type[Engine]] = {"shared": SharedEngine, "naive": NaiveEngine}
 
 
-def open_engine(name: str, vlm: Vlm, **settings: int) -> Engine:
+def open_engine(
+    name: str, vlm: Vlm, max_new_tokens: int = MAX_NEW_TOKENS, max_tokens: int = MAX_TOKENS
+) -> Engine:
     """The engine called `name`; UsageError naming the known ones otherwise."""
     if name not in ENGINES:
         raise UsageError(f"unknown engine {name!r}; use {' or '.join(ENGINES)}")
-    return ENGINES[name](vlm, **settings)
+    return ENGINES[name](vlm, max_new_tokens, max_tokens)

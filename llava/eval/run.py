@@ -35,7 +35,7 @@ from . import asking
 from .asking import Plan, Replier
 from .attacked import collect, summarise
 from .attacks import LETTERS
-from .engine import Ask, Engine, Reply, open_engine
+from .engine import MAX_NEW_TOKENS, Ask, Engine, Reply, open_engine
 from .pictures import Pictures, picture_folder
 from .records import (
     ANSWERS,
@@ -52,8 +52,10 @@ from .records import (
 from .tasks import find_task
 from .tasks.base import Item
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised when the code asks or decodes otherwise for the same settings."""
+LETTERED_TOKENS = 16
+"""Longest answer to a lettered question: a letter, or a sentence that names one."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,9 @@ class RunSettings:
     """shared: what the orders of a question have in common runs once; naive: one by one"""
     pictures: Literal["first", "all"] = "first"
     """of a question with several pictures (MMMU), those that the model is shown"""
-    max_new_tokens: int = 128
-    """longest answer, in tokens"""
+    max_new_tokens: int | None = None
+    """longest answer, in tokens; by default 16 to lettered questions, as no letter comes after
+    more, and 128 to open ones"""
     dtype: str = "auto"
     """auto (bfloat16 on a GPU that has it, float32 on a CPU), float32, bfloat16 or float16"""
     device: str = "auto"
@@ -132,8 +135,14 @@ class Evaluation:
 
     @cached_property
     def engine(self) -> Engine:
-        limits = {name: getattr(self.settings, name) for name in ("max_new_tokens", "max_tokens")}
-        return open_engine(self.settings.engine, self.vlm, **limits)
+        settings = self.settings
+        return open_engine(settings.engine, self.vlm, self.max_new_tokens, settings.max_tokens)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Where an answer ends that has not ended by itself."""
+        longest = LETTERED_TOKENS if self.task.attacked else MAX_NEW_TOKENS
+        return self.settings.max_new_tokens or longest
 
     @property
     def model_name(self) -> str:
@@ -299,7 +308,7 @@ class Evaluation:
             "orders": settings.orders,
             "engine": settings.engine,
             "pictures": settings.pictures,
-            "max_new_tokens": settings.max_new_tokens,
+            "max_new_tokens": self.max_new_tokens,
             "schema": SCHEMA,
         }
 

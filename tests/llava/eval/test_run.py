@@ -304,6 +304,12 @@ def test_open_questions(pope, world, capsys):
     assert json.loads(capsys.readouterr().out) == summary["published"]
 
 
+def test_how_long_an_answer_may_be(again, pope):
+    for settings, default in ((again, 16), (pope, 128)):
+        assert Evaluation(settings()).engine.max_new_tokens == 3
+        assert Evaluation(settings(max_new_tokens=None)).engine.max_new_tokens == default
+
+
 def test_the_first_items_only(pope):
     out = Evaluation(pope(limit=4)).execute()
     assert len((out / "answers.jsonl").read_text().splitlines()) == 4
