@@ -38,13 +38,14 @@ from selection.coido.trajectory import Trajectory
 from selection.judging import JudgeSettings
 from selection.signals.clip import DEFAULT, Clip
 from selection.signals.forward import Forward
+from selection.signals.image_reward import ImageReward
 
 from .base import Context, Method, Scored
 from .random import Random
 from .random_stratified import RandomStratified
 
 CHUNK = 1024  # rows that are scored together
-_HOME = {"clip_score": "clip", "llm_score": "judge"}
+_HOME = {"clip_score": "clip", "image_reward": "image_reward", "llm_score": "judge"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Settings(JudgeSettings):
     own losses serve"""
     clip: str = DEFAULT
     """CLIP checkpoint: a directory or a hub name"""
+    image_reward: str | None = None
+    """the published weights, ImageReward.pt; without them there is no ImageReward score"""
+    image_reward_tokenizer: str = "google-bert/bert-base-uncased"
+    """tokenizer of its text encoder: a directory or a hub name"""
     features: Literal["all", "clip", "scores"] = "all"
     """what the scorer reads (table 7)"""
     share: str = "0.2"
@@ -102,6 +107,9 @@ class Coido(Method):
 
     def signals(self) -> dict[str, Any]:
         found: dict[str, Any] = {"clip": Clip(self.settings.clip)}
+        if self.settings.image_reward:
+            weights, words = self.settings.image_reward, self.settings.image_reward_tokenizer
+            found["image_reward"] = ImageReward(weights, words)
         if self.settings.judge_url:
             found["judge"] = _judge(self.settings)
         if not self.settings.scorer and not self.settings.trajectory:
@@ -189,7 +197,7 @@ class Coido(Method):
 
 _REMEDY = {
     "clip_score": "it comes with CLIP",
-    "image_reward": "train one without it",
+    "image_reward": "give --image_reward",
     "llm_score": "give --judge_url",
 }
 

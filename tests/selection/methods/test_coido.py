@@ -147,6 +147,11 @@ def test_what_a_scorer_reads_and_the_run_has_not(world, tmp_path):
         world.run(made(scorer=str(tmp_path / "judged")))
 
 
+def test_image_reward_is_read_where_its_weights_are():
+    signal = made(image_reward="ImageReward.pt").signals()["image_reward"]
+    assert signal.weights == "ImageReward.pt" and "image_reward" not in made().signals()
+
+
 def test_a_judge_is_asked_where_there_is_one():
     signal = made(judge_url="http://localhost:1/v1", judge_model="m").signals()["judge"]
     assert signal.server.url == "http://localhost:1/v1" and signal.server.model == "m"
