@@ -21,11 +21,12 @@ from llava.errors import UsageError, UserError
 from selection.__main__ import main
 from selection.methods import find_methods
 from selection.store import StoreReader
-from tests.tiny_models import BUILDERS, save_llava
+from tests.tiny_models import BUILDERS, save_clip, save_llava
 
 N = 48
 COLOURS = {"red": (200, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 220), "yellow": (220, 220, 0)}
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."
+OF_GRADIENTS_OR_TARGETS = ("icons", "less", "rds", "tive")  # tests/selection/test_run_targets.py
 FAST = ["--n_clusters", "2", "--subgroup_size", "3", "--candidates", "6", "--max_orders", "4"]
 
 
@@ -238,9 +239,21 @@ def test_dry_run_writes_nothing(world, reference, capsys):
     assert not (world.folder / "dry").exists() and not (world.folder / "store-dry").exists()
 
 
-@pytest.mark.parametrize("method", find_methods())
-def test_every_method_selects(world, method):
-    out = world.select(f"every-{method}", "--budget", "30%", method=method)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Flags of the methods that need another model beside the proxy."""
+    folder = tmp_path_factory.mktemp("models")
+    clip = ["--clip", save_clip(folder / "clip")]
+    holdout = ["--holdout_model", save_llava(folder / "holdout")]
+    return {"clip_score": clip, "self_filter": clip, "coido": clip, "rho_loss": holdout}
+
+
+@pytest.mark.parametrize(
+    "method", [name for name in find_methods() if name not in OF_GRADIENTS_OR_TARGETS]
+)
+def test_every_method_selects(world, models, method):
+    flags = map(str, models.get(method, []))
+    out = world.select(f"every-{method}", "--budget", "30%", *flags, method=method)
     assert len((out / "subset_rows.txt").read_text().split()) == round(0.3 * N)
 
 
