@@ -2,7 +2,7 @@
 
 The shipped vision tower has lost its text side. Here a small text tower learns, by CLIP's own
 contrast, which conversation of the pool goes with which picture; the vision tower stays as it is.
-About a minute on two cores. Wrong captions of the pool are learnt from too, as CLIP's own are.
+Two minutes. Wrong captions of the pool are learnt from too, as CLIP's own are.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ClipSettings:
     """folder for the CLIP checkpoint"""
     vocabulary: int = 3000
     """words that the text tower knows, the most frequent ones"""
-    epochs: int = 3
+    epochs: int = 2
     """passes over the pool's pictures with their conversations"""
     batch_size: int = 128
     """pairs a step; each text is told from so many pictures"""
