@@ -24,7 +24,7 @@ def features(n: int, width: int) -> np.ndarray:
     """Unit rows (n, width) float32, filled a piece at a time."""
     rng = np.random.default_rng(0)
     kinds = rng.standard_normal((CLUSTERS, width), np.float32)
-    centres = 0.7 * rng.standard_normal((DIRECTIONS, width), np.float32)
+    centres = 0.3 * rng.standard_normal((DIRECTIONS, width), np.float32)
     centres += kinds[np.arange(DIRECTIONS) % CLUSTERS]
     rows = np.empty((n, width), np.float32)
     for start in range(0, n, 4096):
