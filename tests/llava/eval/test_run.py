@@ -181,6 +181,7 @@ def start(process):
     pid = os.fork()
     if pid == 0:
         status = 1
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where `&` started us
         try:
             process()
             status = 0

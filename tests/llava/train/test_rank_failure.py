@@ -59,14 +59,14 @@ def test_bug_in_one_process(flags):
 @pytest.mark.slow
 def test_process_that_hangs(flags):
     """It is waited for `--ddp_timeout`, on CPUs too, and then killed."""
-    words = torchrun("--shutdown_timeout", str(GRACE), *ALONE, *flags(ddp_timeout=5))
+    words = torchrun("--shutdown_timeout", str(GRACE), *ALONE, *flags(ddp_timeout=12))
     with started(words) as program:
         program.wait_for("step 2/")
         program.ranks()[1].send_signal(signal.SIGSTOP)
         sent = time.monotonic()
         assert program.end() == 1
-    assert 4 < time.monotonic() - sent < 120  # 20 s on an idle machine
-    assert "Timed out waiting 5000ms" in program.text
+    assert 11 < time.monotonic() - sent < 120  # 27 s on an idle machine
+    assert "Timed out waiting 12000ms" in program.text
 
 
 def poisoned(lm: Path, folder: Path, word: str) -> Path:

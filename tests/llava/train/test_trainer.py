@@ -154,14 +154,14 @@ def test_non_finite_weights_stop_the_run(run, parts, tmp_path):
 def test_non_finite_gradient_stops_before_weights_change(run, monkeypatch):
     stepped = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: stepped.append(a))
-    loss = trainer_module.supervised_loss
+    real = trainer_module.token_losses
 
-    def poisoned(model, inputs, n_tokens):
-        value = loss(model, inputs, n_tokens)
-        value.register_hook(lambda gradient: gradient * float("inf"))
-        return value
+    def poisoned(model, inputs):
+        losses, *rest = real(model, inputs)
+        losses.register_hook(lambda gradient: gradient * float("inf"))
+        return losses, *rest
 
-    monkeypatch.setattr(trainer_module, "supervised_loss", poisoned)
+    monkeypatch.setattr(trainer_module, "token_losses", poisoned)
     with pytest.raises(NonFiniteError, match="step 1: the gradient's norm is (nan|inf)"):
         run("out")
     assert not stepped
