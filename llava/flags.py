@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -85,3 +87,18 @@ def normalised(argv: list[str], groups: tuple[type, ...]) -> list[str]:
                 argument += "=true"
         out.append(argument)
     return out
+
+
+def run_verb(argv: list[str] | None, about: str, verbs: Mapping[str, Callable]) -> None:
+    """Hand `argv` (None: the command line's) to the verb it begins with; without one, say `about`.
+
+    Raises UsageError for another word.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(about.strip())
+        return
+    verb, *rest = argv
+    if verb not in verbs:
+        raise UsageError(f"{verb!r} is not a verb; choose one of {', '.join(verbs)}")
+    verbs[verb](rest)

@@ -17,21 +17,15 @@ import sys
 
 import numpy as np
 
-from llava.errors import UsageError, run_main
+from llava.errors import run_main
+from llava.flags import run_verb
 
 VERBS = ("list", "check", "extract", "select", "all", "compare", "verify")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one verb; UserError is left to `run_main`."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__.strip())
-        return
-    verb, *rest = argv
-    if verb not in VERBS:
-        raise UsageError(f"{verb!r} is not a verb; choose one of {', '.join(VERBS)}")
-    globals()[f"run_{verb}"](rest)
+    run_verb(argv, __doc__, {verb: globals()[f"run_{verb}"] for verb in VERBS})
 
 
 def run_list(argv: list[str]) -> None:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llava.errors import DataError, UsageError, run_main
-from llava.flags import read_flags
+from llava.errors import DataError, run_main
+from llava.flags import read_flags, run_verb
 
 from .answers import Answers, Matched, match, read_answers
 from .tasks import find_task
@@ -64,14 +64,7 @@ class AttackSettings:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one verb; UserError is left to `run_main`."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__.strip())
-        return
-    verb, *rest = argv
-    if verb not in VERBS:
-        raise UsageError(f"{verb!r} is not a verb; choose one of {', '.join(VERBS)}")
-    globals()[f"run_{verb}"](rest)
+    run_verb(argv, __doc__, {verb: globals()[f"run_{verb}"] for verb in VERBS})
 
 
 def run_run(argv: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -229,6 +230,9 @@ def program(main: Callable[[], None]) -> None:
     record(lambda: _spoken(main))()
     if dist.is_initialized():
         dist.destroy_process_group()
+        # A group that a trainer's cycles still hold would end its threads while the interpreter
+        # ends: one of some forty two-process runs aborted so after its work was done.
+        gc.collect()
 
 
 def _spoken(main: Callable[[], None]) -> None:
