@@ -88,11 +88,11 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete temporary files left in `folder` by writers that were killed.
+    """Delete temporary files left in `folder` and below by writers that were killed.
 
     Call it when the work in `folder` is complete: nothing that is still needed is temporary then.
     """
-    for path in folder.iterdir():
+    for path in list(folder.rglob("*.tmp")):
         if is_temporary(path):
             remove(path)
 

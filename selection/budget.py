@@ -77,11 +77,18 @@ def top_k(scores: np.ndarray, k: int, eligible: np.ndarray | None = None) -> Sel
     order = candidates[np.argsort(-scores[candidates], kind="stable")]  # stable: ties in pool order
     taken, left = order[:k], order[k:]
     cut = float(scores[taken[-1]]) if k else np.inf
-    best_left = float(scores[left[0]]) if len(left) else -np.inf
+    best_left = float(scores[left[0]]) if len(left) else None
     return Selection(
         rows=np.sort(taken),
         cut=cut,
-        margin=0.0 if best_left == cut else cut - best_left,
+        margin=_margin(cut, best_left),
         n_tied=int(np.count_nonzero(scores[candidates] == cut)),
         n_tied_taken=int(np.count_nonzero(scores[taken] == cut)),
     )
+
+
+def _margin(cut: float, best_left: float | None) -> float:
+    """How far the best score left out is below the cut; 0 also for equal infinities."""
+    if best_left is None:
+        return np.inf
+    return 0.0 if best_left == cut else cut - best_left

@@ -61,10 +61,13 @@ def test_kill_at_every_call_leaves_old_or_new(target, at):
 
 def test_sweep_removes_only_our_temporary_files(tmp_path):
     kept = ["a.tmp", ".a.tmp", "a.0123.tmp", "block-000001.safetensors", "x.0123456789abcdeg.tmp"]
+    (tmp_path / "below").mkdir()
     for name in [*kept, "block-000001.safetensors.0123456789abcdef.tmp"]:
         (tmp_path / name).touch()
+        (tmp_path / "below" / name).touch()
     files.sweep(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "below"])
+    assert sorted(os.listdir(tmp_path / "below")) == sorted(kept)
 
 
 def test_appended_line_survives_a_cut_one(tmp_path):

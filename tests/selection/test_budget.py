@@ -98,6 +98,11 @@ def test_cut_is_described():
     assert top_k(np.array([1.0]), 1).margin == math.inf
 
 
+def test_margin_without_anything_left_is_infinite():
+    assert top_k(np.array([-np.inf, np.nan]), 1).margin == np.inf
+    assert top_k(np.array([-np.inf, -np.inf]), 1).margin == 0
+
+
 def test_many_ties_go_by_pool_position():
     scores = np.tile([0.0, 1.0], 5000)  # long enough for an unstable sort to show
     assert np.array_equal(top_k(scores, 7000).rows[:4000], np.arange(4000))
