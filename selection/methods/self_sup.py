@@ -13,7 +13,7 @@ Differs from the paper: docs/methods/self_sup.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,12 +22,10 @@ import torch
 from llava.errors import UsageError
 from selection import stream
 from selection.bands import band_scores
-from selection.cluster import cluster_rows, members
 from selection.signals.forward import Forward
 
 from .base import Context, Method, Scored
-
-COLUMNS = ("last_state",)
+from .semdedup import score_clusters
 
 
 @dataclass(frozen=True)
@@ -62,15 +60,6 @@ class SelfSup(Method):
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """Cosine to the own prototype, or its negative; artefact: the cluster of every sample."""
-        reader, settings = context.readers["forward"], self.settings
-        rows = reader.rows
-        usable = ~np.isnan(context.values("forward", "nll_mean")[rows])
-        keys = context.keys(rng)[rows]
-        made = cluster_rows(reader, COLUMNS, usable, keys, settings.n_clusters, settings.n_iter)
-        cosines, labels = np.full(len(context.pool), np.nan), np.full(len(context.pool), -1)
-        labels[rows] = made.labels
-        for label, own, vectors in members(reader, COLUMNS, made.labels):
-            centre = torch.from_numpy(made.centroids[label])
-            cosines[rows[own]] = prototypicality(vectors, centre)
-        keep = {"easy": "high", "hard": "low"}[settings.keep]
-        return Scored(band_scores(cosines, keep), {"cluster_labels": labels}, (made.note,))
+        scored = score_clusters(context, self.settings, rng, prototypicality)
+        keep = {"easy": "high", "hard": "low"}[self.settings.keep]
+        return replace(scored, scores=band_scores(scored.scores, keep))

@@ -6,7 +6,7 @@ learning at web-scale through semantic deduplication. 2023. https://arxiv.org/ab
     embedding: the proxy's last state               signals/forward.py
     k-means of the unit embeddings                  cluster.py
     inside a cluster, far from the centroid first   keep_order
-    M_j = max_(i before j) cos(i, j)                nearest_before
+    M_j = max_(i before j) cos(i, j)                nearest_before, distinctness
     j is dropped when M_j > 1 - eps                 score = -M_j: the cut of the budget is eps - 1
 
 The kept count falls with M alone, so the eps of a budget is a quantile of M: one pass, no search.
@@ -16,8 +16,10 @@ Differs from the paper and from the code run on LLaVA-665K: docs/methods/semdedu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,6 +75,40 @@ def nearest_before(vectors: torch.Tensor) -> np.ndarray:
     return found
 
 
+def distinctness(
+    vectors: torch.Tensor, centroid: torch.Tensor, keep: Literal["hard", "easy"]
+) -> np.ndarray:
+    """-M_j (m,) float64 of the members `vectors` (m, D) of a cluster around `centroid` (D,)."""
+    vectors = stream.unit(vectors)
+    order = keep_order((vectors @ centroid).numpy(), keep)
+    found = np.empty(len(vectors))
+    found[order] = -nearest_before(vectors[torch.from_numpy(order)])
+    return found
+
+
+def score_clusters(
+    context: Context,
+    settings: Any,
+    rng: np.random.Generator,
+    score: Callable[[torch.Tensor, torch.Tensor], np.ndarray],
+) -> Scored:
+    """What `score` gives the members of each cluster of the last states; artefact: the clusters.
+
+    `score` maps vectors (m, D) float32 and their unit centroid (D,) to (m,) float64. `settings`
+    have `n_clusters` and `n_iter`.
+    """
+    reader = context.readers["forward"]
+    rows = reader.rows
+    usable = ~np.isnan(context.values("forward", "nll_mean")[rows])
+    keys = context.keys(rng)[rows]
+    made = cluster_rows(reader, COLUMNS, usable, keys, settings.n_clusters, settings.n_iter)
+    scores, labels = np.full(len(context.pool), np.nan), np.full(len(context.pool), -1)
+    labels[rows] = made.labels
+    for label, own, vectors in members(reader, COLUMNS, made.labels):
+        scores[rows[own]] = score(vectors, torch.from_numpy(made.centroids[label]))
+    return Scored(scores, {"cluster_labels": labels}, (made.note,))
+
+
 class Semdedup(Method):
     """Of samples that mean nearly the same, the one kept first; the most distinct samples."""
 
@@ -83,16 +119,5 @@ class Semdedup(Method):
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """-M_j of every sample; artefact: its cluster."""
-        reader, settings = context.readers["forward"], self.settings
-        rows = reader.rows
-        usable = ~np.isnan(context.values("forward", "nll_mean")[rows])
-        keys = context.keys(rng)[rows]
-        made = cluster_rows(reader, COLUMNS, usable, keys, settings.n_clusters, settings.n_iter)
-        scores, labels = np.full(len(context.pool), np.nan), np.full(len(context.pool), -1)
-        labels[rows] = made.labels
-        for label, own, vectors in members(reader, COLUMNS, made.labels):
-            vectors = stream.unit(vectors)
-            cosines = (vectors @ torch.from_numpy(made.centroids[label])).numpy()
-            order = keep_order(cosines, settings.keep)
-            scores[rows[own[order]]] = -nearest_before(vectors[torch.from_numpy(order)])
-        return Scored(scores, {"cluster_labels": labels}, (made.note,))
+        score = partial(distinctness, keep=self.settings.keep)
+        return score_clusters(context, self.settings, rng, score)

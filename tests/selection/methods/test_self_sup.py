@@ -7,7 +7,8 @@ import torch
 from llava.errors import UsageError
 from selection.cluster import cluster_rows
 from selection.methods.base import stream
-from selection.methods.self_sup import COLUMNS, SelfSup, Settings, prototypicality
+from selection.methods.self_sup import SelfSup, Settings, prototypicality
+from selection.methods.semdedup import COLUMNS
 
 
 def test_prototypicality_is_a_cosine():
