@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ class AllSettings:
     """folder of files METHOD.yaml with settings of single methods"""
     targets: str | None = None
     """YAML list of the target tasks, for the methods that have some"""
+    holdout_model: str | None = None
+    """the other checkpoint of rho_loss"""
+    holdout_base: str | None = None
+    """its base, where it is a LoRA; --model_base by default"""
 
 
 def select_all(
@@ -59,7 +63,7 @@ def select_all(
     finished: dict[str, Path] = {}
     for name, run in runs.items():
         selection = Selection(run, ranks)
-        if model is not None and any(_with_proxy(run.method)):
+        if model is not None and run.method.reads_proxy(selection.pool):
             selection.proxy = model
         try:
             finished[name] = selection.execute()
@@ -92,9 +96,7 @@ def _runs(
     shared = {**asdict(where), **asdict(proxy), **asdict(select)}
     runs, skipped = {}, {}
     for name in every.methods or find_methods():
-        own = {**shared, "out": str(out / name)}
-        if get_method(name).target_signals is not Method.target_signals:
-            own["targets"] = every.targets
+        own = {**shared, "out": str(out / name), **_own_flags(get_method(name), every)}
         file = Path(every.settings or "") / f"{name}.yaml"
         config = ["--config", str(file)] if every.settings and file.is_file() else []
         try:
@@ -104,6 +106,14 @@ def _runs(
         except UsageError as error:
             skipped[name] = str(error)
     return runs, skipped
+
+
+def _own_flags(method: type[Method], every: AllSettings) -> dict[str, Any]:
+    """Settings of `all` that single methods have."""
+    known = {field.name for field in fields(method.Settings)}
+    if method.target_signals is not Method.target_signals:
+        known.add("targets")
+    return {name: value for name, value in asdict(every).items() if name in known}
 
 
 def _flags(values: Mapping[str, Any]) -> list[str]:

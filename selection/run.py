@@ -212,7 +212,7 @@ class Selection:
             "settings": export.plain_settings(self.run.method.settings),
             "budget": self.k,
             "seed": self.run.select.seed,
-            "proxy": self.proxy.identity() if set(signals) - set(others) - set(own) else None,
+            "proxy": self.proxy.identity() if self.run.method.reads_proxy(self.pool) else None,
             "schema": SCHEMA,
         }
         if own:

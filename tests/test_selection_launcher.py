@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WORLD = "playground/mini"
-SMALL = f"--pool {WORLD}/pool.json --images {WORLD}/images --model {WORLD}/proxy --budget 0.3"
+POOL = f"--pool {WORLD}/pool.json --images {WORLD}/images"
+SMALL = f"{POOL} --model {WORLD}/proxy --budget 0.3"
 
 
 @pytest.fixture
@@ -21,9 +22,10 @@ def select(tmp_path):
     clone, python, record = tmp_path / "clone", tmp_path / "python", tmp_path / "record"
     (clone / "mini").mkdir(parents=True)
     shutil.copytree(ROOT / "scripts", clone / "scripts")
-    told = "${MODEL:-no MODEL} $IMAGES $DATA $OUTPUT $* $ZERO"
+    told = "${MODEL:-no MODEL} $IMAGES $DATA $OUTPUT $* $ZERO $TRAINING $GLOBAL_BATCH"
     (clone / "finetune_lora.sh").write_text(f'echo finetune_lora.sh {told} >>"{record}"\n')
-    for name in ("selection.sh", "constraints.txt", "pyproject.toml", "mini/ards.yaml"):
+    settings = [f"mini/{method}.yaml" for method in ("ards", "coido", "mllm_selector")]
+    for name in ("selection.sh", "constraints.txt", "pyproject.toml", *settings):
         shutil.copy(ROOT / name, clone / name)
     python.write_text(
         f"""#!/usr/bin/env bash
@@ -120,10 +122,11 @@ def test_mllm_selector_fine_tunes_its_seed_model_first(select, flags, draw, name
 def test_mllm_selectors_seed_model_on_the_small_world(select):
     lines = select("mllm_selector", MODEL="mini/base/llama")
     model = "outputs/warmup-mini-0.03-0/model"
-    assert lines[3:] == [
+    assert lines[2:] == [
         f"finetune_lora.sh mini/base/llama {WORLD}/images "
         f"outputs/warmup-mini-0.03-0/samples/subset.json {model}",
-        f"selection select mllm_selector {SMALL} --model {model} --model-base mini/base/llama",
+        f"selection select mllm_selector --config mini/mllm_selector.yaml {POOL} --budget 0.2 "
+        f"--model {model} --model-base mini/base/llama",
         "mini report",
     ]
 
@@ -170,15 +173,79 @@ def test_gradient_methods_on_the_small_world(select, method):
     assert lines[-1] == "mini report"
 
 
-def test_all_is_a_verb_with_the_settings_of_the_small_world(select):
-    assert select("all", "--budget", "0.2", "--out", "o") == [
+def test_all_is_a_verb_with_the_settings_of_the_small_world(select, tmp_path):
+    warmed, held = (f"outputs/warmup-mini-0.05-{seed}" for seed in (0, 1))
+    (tmp_path / "clone" / warmed / "moments/checkpoint-61").mkdir(parents=True)
+    lines = select("all", "--budget", "0.1", "--out", "o")
+    assert lines[:2] == [
         f"mini build --out {WORLD}",
-        f"mini warmup --data {WORLD} --out {WORLD}/proxy",
         f"mini clip --data {WORLD} --out {WORLD}/clip",
-        f"selection all {SMALL} --settings mini --budget 0.2 --out o",
+    ]
+    assert [line.split()[0] for line in lines[2:6]] == ["selection", "finetune_lora.sh"] * 2
+    assert lines[6:] == [
+        f"selection all {POOL} --targets {WORLD}/targets/targets.yaml --budget 0.2 "
+        f"--settings mini --model {warmed}/moments/checkpoint-61 --model-base mini/base/llama "
+        f"--holdout_model {held}/model --holdout_base mini/base/llama --budget 0.1 --out o",
         "mini report --run o",
     ]
     assert select("all", "--pool", "p", "--model", "m") == ["selection all --pool p --model m"]
+
+
+def test_rho_loss_on_the_small_world_has_a_holdout_model(select):
+    out = "outputs/warmup-mini-0.05-1"
+    assert select("rho_loss")[2:] == [
+        f"selection select random {POOL} --budget 0.05 --seed 1 --out {out}/samples",
+        f"finetune_lora.sh no MODEL {WORLD}/images {out}/samples/subset.json {out}/model",
+        f"selection select rho_loss {SMALL} --holdout_model {out}/model "
+        "--holdout_base mini/base/llama",
+        "mini report",
+    ]
+    given = select("rho_loss", "--holdout_model", "h")
+    assert given[2] == f"selection select rho_loss {SMALL} --holdout_model h"
+
+
+@pytest.mark.parametrize(
+    ("named", "name", "training"),
+    [
+        ([], "mini-0.2-0", ""),
+        (["--objective", "sum", "--draw=3"], "mini-0.2-3-objective-sum", ""),
+        (["--pool", "d/pool.json", "--images", "i"], "d-0.2-0", " --learning_rate 2e-5"),
+    ],
+)
+def test_coidos_scorer_is_trained_beside_a_lora(select, named, name, training):
+    out = f"outputs/cotrain-{name}"
+    given = [f"{POOL} --budget 0.2" if "--pool" not in named else "", *named]
+    config = "--config mini/coido.yaml" if "--pool" not in named else ""
+    flags = " ".join(filter(None, [config, *given]))
+    images = f"{WORLD}/images" if "--pool" not in named else "i"
+    batch = " 64" if "--pool" in named else ""
+    prepared, trained, selected = (
+        line for line in select("coido", *named) if not line.startswith("mini ")
+    )
+    assert prepared == (
+        f"selection select coido {flags} --prepare True --budget 0.2 --out {out}/samples"
+    )
+    assert trained == (
+        f"finetune_lora.sh no MODEL {images} {out}/samples/subset.json {out}/model "
+        f"--coido_run {out}/samples --num_train_epochs 2{training} selection.coido.cotrain{batch}"
+    )
+    words = flags.split()
+    assert sorted(selected.split()[3:]) == sorted(
+        [*words, "--scorer", f"{out}/model/scorer.safetensors"]
+    )
+
+
+@pytest.mark.parametrize("flag", ["--scorer", "--trajectory", "--model", "--prepare"])
+def test_coido_trains_nothing_where_the_answer_is_given(select, flag):
+    lines = select("coido", "--pool", "p", flag, "x")
+    assert lines == [f"selection select coido --pool p {flag} x"]
+
+
+@pytest.mark.parametrize("method", ["mllm_selector", "icons", "less", "tive", "coido", "all"])
+def test_a_dry_run_trains_nothing(select, method):
+    assert select(method, "--pool", "p", "--dry_run", code=2) == []
+    (line,) = select(method, "--pool", "p", "--model", "m", "--dry_run")
+    assert line.endswith("--pool p --model m --dry_run")
 
 
 def test_one_process_a_gpu_and_what_torchrun_is_told(select):

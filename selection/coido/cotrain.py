@@ -1,12 +1,11 @@
 """`python -m selection.coido.cotrain`: CoIDO's scorer trained beside the target model.
 
-    --coido_run DIR   a finished `select coido` run: the drawn samples, their features and clusters
+    --coido_run DIR   a run of `select coido --prepare True`: drawn samples, features and clusters
     --coido_mode      coupled: the model minimises L_I of equation 14 too, each sample's loss
                       weighted by w; decoupled: it is trained as ever, its losses are recorded
 
-and the flags of `llava.train`, whose `--data_path` holds the drawn samples (`select random` with
-the run's share and draw). Into `--output_dir` go the model, `trajectory.safetensors` and, coupled,
-`scorer.safetensors`.
+and the flags of `llava.train`, whose `--data_path` is the subset.json of that run. Into
+`--output_dir` go the model, `trajectory.safetensors` and, coupled, `scorer.safetensors`.
 
 The batch over which scores are a softmax is that of an optimizer step: all processes, all
 accumulated batches. Each process knows all features and makes the scorer's step on the whole batch,
@@ -75,8 +74,7 @@ class Session:
         if unknown:
             raise UsageError(
                 f"--data_path {data_path}: row {unknown[0]} and {len(unknown) - 1} more are not "
-                f"among the samples that {run} drew; give those of `select random` with its share "
-                "and draw"
+                f"among the samples that {run} drew; give {run}/subset.json"
             )
         places = np.array([position[data.uid(row)] for row in range(len(data))])
         self.uids = data.uids
@@ -232,7 +230,7 @@ def main() -> None:
     own.add_argument("--coido_mode", choices=Mode.__args__, default="coupled")
     mine, argv = own.parse_known_args(sys.argv[1:])
     if mine.coido_run is None:
-        raise UsageError("--coido_run: name the folder of a finished `select coido` run")
+        raise UsageError("--coido_run: name the folder of a run of `select coido --prepare True`")
     arguments = parse(argv)
     session = Session(mine.coido_run, arguments.data.data_path, mine.coido_mode)
     train(arguments, functools.partial(CoTrainer, session=session), session.identity())

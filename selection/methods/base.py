@@ -141,6 +141,13 @@ class Method:
         by the signal's name; the others are computed with the proxy, `--model`."""
         return {}
 
+    def reads_proxy(self, pool: Pool) -> bool:
+        """Whether some signal is computed with the proxy, `--model`."""
+        others = self.checkpoints()
+        first = [signal for name, signal in self.signals().items() if name not in others]
+        later = [request.signal for request in self.foreseen(pool).values()]
+        return any(signal.uses_proxy for signal in [*first, *later])
+
     def foreseen(self, pool: Pool) -> dict[str, Request]:
         """What `plan` will ask for, by name, told from the pool alone: at most so many rows, and
         rows like those it will choose. For estimates of time and disk."""

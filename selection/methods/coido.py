@@ -13,7 +13,8 @@ Importance-Diversity Optimization. NeurIPS 2025.
     subset       lowest first within each source         select
 
 The scorer comes from a file (`--scorer`), or is trained here in seconds: on the losses that
-co-training recorded (`--trajectory`), or else on the proxy's losses on the drawn samples.
+co-training recorded (`--trajectory`), or else on the proxy's losses on the drawn samples. Before
+co-training, `--prepare` makes what it needs: the drawn samples, their features and clusters.
 
 Differs from the paper and from the released code: docs/methods/coido.md, with the reasons.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -40,9 +41,12 @@ from selection.signals.clip import DEFAULT, Clip
 from selection.signals.forward import Forward
 from selection.signals.image_reward import ImageReward
 
-from .base import Context, Method, Scored
+from .base import Context, Method, Plan, Request, Scored
 from .random import Random
 from .random_stratified import RandomStratified
+
+if TYPE_CHECKING:
+    from selection.pool import Pool
 
 CHUNK = 1024  # rows that are scored together
 _HOME = {"clip_score": "clip", "image_reward": "image_reward", "llm_score": "judge"}
@@ -65,11 +69,13 @@ class Settings(JudgeSettings):
     """tokenizer of its text encoder: a directory or a hub name"""
     features: Literal["all", "clip", "scores"] = "all"
     """what the scorer reads (table 7)"""
+    prepare: bool = False
+    """prepare co-training: choose the samples to train on, as `random` does, and cluster them"""
     share: str = "0.2"
-    """p, samples to train the scorer on: a fraction of the pool or a count; those of `select random
-    --budget SHARE --seed DRAW` (table 13)"""
+    """p, samples to train the scorer on: a fraction of the pool or a count (table 13); with
+    --prepare it is --budget"""
     draw: int = 0
-    """seed of the run of `random` that drew them"""
+    """seed with which they are drawn: they are those of `select random --seed DRAW`"""
     n_clusters: int = 20
     """M, clusters of the drawn samples (table 8)"""
     n_neighbours: int = 30
@@ -98,6 +104,25 @@ class Settings(JudgeSettings):
             raise UsageError(f"--balance {self.balance}: is a share, 0 to 1")
         if self.scorer and self.trajectory:
             raise UsageError("--scorer needs no --trajectory: it is trained already")
+        if self.prepare and (self.scorer or self.trajectory):
+            raise UsageError("--prepare comes before --scorer and --trajectory: give one of them")
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What a scorer is trained on: pool `rows` (n,), their features (n, F), their clusters (n,)."""
+
+    rows: np.ndarray
+    assembly: Assembly
+    features: np.ndarray
+    labels: np.ndarray
+
+    def artefacts(self) -> dict[str, np.ndarray]:
+        return {"training_rows": self.rows, "training_clusters": self.labels}
+
+    def __str__(self) -> str:
+        sizes = np.bincount(self.labels)
+        return f"{len(self.rows)} samples, {len(sizes)} clusters of {sizes.min()} to {sizes.max()}"
 
 
 class Coido(Method):
@@ -112,12 +137,26 @@ class Coido(Method):
             found["image_reward"] = ImageReward(weights, words)
         if self.settings.judge_url:
             found["judge"] = _judge(self.settings)
-        if not self.settings.scorer and not self.settings.trajectory:
-            found["forward"] = Forward()
         return found
+
+    def foreseen(self, pool: Pool) -> dict[str, Request]:
+        return self._losses(Context(pool))
+
+    def plan(self, context: Context, rng: np.random.Generator) -> Plan:
+        """The proxy's losses on the drawn samples, where they are what the scorer learns from."""
+        return Plan(self._losses(context))
+
+    def _losses(self, context: Context) -> dict[str, Request]:
+        settings = self.settings
+        if settings.scorer or settings.trajectory or settings.prepare:
+            return {}
+        rows = drawn(context, self._share(context.pool), settings.draw)
+        return {"forward": Request(Forward(), np.sort(rows))}
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """Minus the scorer's logit, so that the most wanted sample is highest."""
+        if self.settings.prepare:
+            return self._prepared(context, rng)
         artefacts: dict[str, Any] = {}
         if self.settings.scorer:
             scorer = Scorer.load(self.settings.scorer)
@@ -133,21 +172,16 @@ class Coido(Method):
 
     def select(self, context: Context, scores: np.ndarray, k: int) -> np.ndarray:
         """The best of every source, sources in proportion, rounded by largest remainders."""
+        if self.settings.prepare:
+            return super().select(context, scores, k)
         return RandomStratified().select(context, scores, k)
-
-    def _scores(self, context: Context, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Scores by pool row, (N,) each; UsageError for one that this run has no signal of."""
-        for name in names:
-            if _HOME.get(name) not in context.readers:
-                raise UsageError(f"--scorer {self.settings.scorer}: reads {name}; {_REMEDY[name]}")
-        return {name: context.values(_HOME[name], name) for name in names}
 
     def _fit(
         self, context: Context, rng: np.random.Generator
     ) -> tuple[Scorer, dict[str, Any], list[str]]:
         """A scorer trained on the drawn samples, what to keep of it, and what to say."""
         settings = self.settings
-        rows = drawn(context, settings.share, settings.draw)
+        rows = drawn(context, self._share(context.pool), settings.draw)
         if settings.trajectory:
             batches, rows = Trajectory.load(settings.trajectory).on(context.pool, rows)
         else:
@@ -155,6 +189,31 @@ class Coido(Method):
             losses = context.values("forward", "nll_mean")[rows]
             order = list(shuffled_batches(len(rows), settings.scorer_batch, settings.epochs, rng))
             batches = [(places, losses[places]) for places in order if len(places) > 1]
+        data, training = self._training_set(context, rows, rng)
+        scorer = Scorer.new(settings.architecture, data.assembly, training["seed"])
+        recipe = Recipe(len(batches), **training["recipe"])
+        curve, fitter = fit(scorer, recipe, data.features, data.labels, batches)
+        sigma = fitter.log_sigma.detach().exp().tolist()
+        artefacts = {
+            **data.artefacts(),
+            "training": {**training, "recipe": asdict(recipe), "sigma": sigma},
+            "losses": curve,
+            "scorer": scorer.packed({"sigma": sigma, **asdict(recipe)}),
+        }
+        return scorer, artefacts, [f"scorer trained on {data} in {len(batches)} steps"]
+
+    def _prepared(self, context: Context, rng: np.random.Generator) -> Scored:
+        """The random numbers that draw the samples, and what co-training needs of these."""
+        rows = drawn(context, context.k, self.settings.draw)
+        data, training = self._training_set(context, rows, rng)
+        artefacts = {**data.artefacts(), "training": training}
+        return Scored(draw_keys(context, self.settings.draw), artefacts, (f"to train on: {data}",))
+
+    def _training_set(
+        self, context: Context, rows: np.ndarray, rng: np.random.Generator
+    ) -> tuple[TrainingSet, dict[str, Any]]:
+        """Features and clusters of pool `rows` (n,), and how a scorer is trained on them."""
+        settings = self.settings
         names = () if settings.features == "clip" else tuple(n for n in SCORES if self._has(n))
         scores = {n: values[rows] for n, values in self._scores(context, names).items()}
         reader = context.readers["clip"]
@@ -163,33 +222,27 @@ class Coido(Method):
         positions = np.searchsorted(reader.rows, rows)
         features = assembly.rows([reader.take(name, positions) for name in CLIP], scores)
         labels = clusters(features, settings.n_clusters, settings.n_neighbours)
-        seed = int(rng.integers(2**31))
-        scorer = Scorer.new(settings.architecture, assembly, seed)
-        recipe = Recipe(len(batches), settings.learning_rate, settings.objective, settings.balance)
-        curve, fitter = fit(scorer, recipe, features, labels, batches)
-        about = {"sigma": fitter.log_sigma.detach().exp().tolist(), **asdict(recipe)}
-        artefacts = {
-            "training": {
-                "architecture": scorer.architecture,
-                "assembly": asdict(assembly),
-                "seed": seed,
-                "recipe": asdict(recipe),
-                "sigma": about["sigma"],
+        training = {
+            "architecture": settings.architecture,
+            "assembly": asdict(assembly),
+            "seed": int(rng.integers(2**31)),
+            "recipe": {
+                "learning_rate": settings.learning_rate,
+                "objective": settings.objective,
+                "balance": settings.balance,
             },
-            "losses": curve,
-            "training_rows": rows,
-            "training_clusters": labels,
-            "scorer": scorer.packed(about),
         }
-        sizes = np.bincount(labels)
-        return (
-            scorer,
-            artefacts,
-            [
-                f"scorer trained on {len(rows)} samples in {len(batches)} steps; "
-                f"{len(sizes)} clusters of {sizes.min()} to {sizes.max()}"
-            ],
-        )
+        return TrainingSet(rows, assembly, features, labels), training
+
+    def _scores(self, context: Context, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Scores by pool row, (N,) each; UsageError for one that this run has no signal of."""
+        for name in names:
+            if _HOME.get(name) not in context.readers:
+                raise UsageError(f"--scorer {self.settings.scorer}: reads {name}; {_REMEDY[name]}")
+        return {name: context.values(_HOME[name], name) for name in names}
+
+    def _share(self, pool: Pool) -> int:
+        return budget_size(self.settings.share, len(pool))
 
     def _has(self, name: str) -> bool:
         return _HOME.get(name) in self.signals()
@@ -202,21 +255,26 @@ _REMEDY = {
 }
 
 
-def drawn(context: Context, share: str, draw: int) -> np.ndarray:
+def drawn(context: Context, n: int, draw: int) -> np.ndarray:
     """Pool rows of the p %, in the order of their random keys, not of the pool, (n,) int64."""
+    keys = draw_keys(context, draw)
+    n_usable = int(np.count_nonzero(~np.isnan(keys)))
+    if min(n, n_usable) < 2:
+        raise DataError(f"{n} samples drawn of {n_usable} usable ones; a scorer needs more")
+    return np.argsort(-keys, kind="stable")[: min(n, n_usable)]
+
+
+def draw_keys(context: Context, draw: int) -> np.ndarray:
+    """The scores of `select random --seed DRAW`, (N,) float64; NaN for unusable samples."""
     keys = Random().run(context, draw, dict).scores
     keys[unusable(context)] = np.nan
-    order = np.argsort(-keys, kind="stable")
-    n = min(budget_size(share, len(context.pool)), int(np.count_nonzero(~np.isnan(keys))))
-    if n < 2:
-        raise DataError(f"--share {share}: {n} usable samples; the scorer needs more")
-    return order[:n]
+    return keys
 
 
 def unusable(context: Context) -> np.ndarray:
-    """Rows that some signal could not be computed for, (b,) int64."""
-    bad = {note["row"] for reader in context.readers.values() for note in reader.bad}
-    return np.array(sorted(bad), np.int64)
+    """Rows that a signal of the whole pool could not be computed for, (b,) int64."""
+    readers = (reader for name, reader in context.readers.items() if name != "forward")
+    return np.array(sorted({note["row"] for reader in readers for note in reader.bad}), np.int64)
 
 
 def clusters(features: np.ndarray, n_clusters: int, n_neighbours: int) -> np.ndarray:

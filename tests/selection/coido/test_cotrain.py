@@ -28,7 +28,7 @@ STEPS = 6  # two epochs of three steps of eight samples
 
 
 class World:
-    """A finished run of coido, the samples it drew, and the command that trains on them."""
+    """A prepared run of coido, whose subset is trained on, and the command that does."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.model = folder, save_llava(folder / "model")
@@ -36,20 +36,18 @@ class World:
         self.pool, self.images = save_pool(folder / "pool", N)
         where = ["--pool", self.pool, "--images", self.images, "--store", folder / "store"]
         self.where = list(map(str, where))
-        main(
-            ["select", "random", *self.where[:2], "--budget", SHARE, "--out", str(folder / "data")]
-        )
-        flags = ["--model", self.model, "--clip", clip, "--share", SHARE, "--n_clusters", "4"]
-        flags += ["--n_neighbours", "4", "--learning_rate", "1e-3", "--out", folder / "run"]
-        self.flags = list(map(str, flags))
-        main(["select", "coido", *self.where, *self.flags])
+        flags = ["--clip", clip, "--share", SHARE, "--n_clusters", "4", "--n_neighbours", "4"]
+        self.flags = list(map(str, [*flags, "--learning_rate", "1e-3"]))
+        prepare = ["--prepare", "True", "--budget", SHARE, "--out", str(folder / "run")]
+        main(["select", "coido", *self.where, *self.flags, *prepare])
+        self.data = folder / "run/subset.json"
 
     def argv(self, out: str, *more: str, each: int = 4, accumulated: int = 2) -> list[str]:
         values = {
             "coido_run": self.folder / "run",
             "model_name_or_path": self.model,
             "version": "v1",
-            "data_path": self.folder / "data/subset.json",
+            "data_path": self.data,
             "image_folder": self.images,
             "output_dir": self.folder / out,
             "per_device_train_batch_size": each,
@@ -96,7 +94,7 @@ def test_the_scorer_and_the_model_do_not_depend_on_the_number_of_processes(world
     """
     two = world.train("two", ranks=2, accumulated=1)
     left, right = (load_file(out / "scorer.safetensors") for out in (coupled, two))
-    start = Session(world.folder / "run", world.folder / "data/subset.json", "coupled")
+    start = Session(world.folder / "run", world.data, "coupled")
     start.start(STEPS)
     fresh = start.fitter.scorer.network.state_dict()
     for name, value in left.items():
@@ -110,7 +108,7 @@ def test_the_scorer_and_the_model_do_not_depend_on_the_number_of_processes(world
 def test_every_step_records_the_losses_of_its_samples(world, coupled):
     trajectory = Trajectory.load(coupled / "trajectory.safetensors")
     assert trajectory.step.tolist() == np.repeat(np.arange(STEPS), 8).tolist()
-    data = Pool.open(world.folder / "data/subset.json")
+    data = Pool.open(world.data)
     for epoch in (slice(0, 24), slice(24, 48)):
         seen = sorted(uid.tobytes() for uid in trajectory.uid[epoch])
         assert seen == sorted(uid.tobytes() for uid in data.uids)
@@ -119,7 +117,7 @@ def test_every_step_records_the_losses_of_its_samples(world, coupled):
 
 
 def test_the_scorer_is_that_of_steps_on_the_recorded_losses(world, coupled):
-    session = Session(world.folder / "run", world.folder / "data/subset.json", "coupled")
+    session = Session(world.folder / "run", world.data, "coupled")
     session.start(STEPS)
     trajectory = Trajectory.load(coupled / "trajectory.safetensors")
     row = {uid.tobytes(): i for i, uid in enumerate(session.uids)}
@@ -145,7 +143,7 @@ def test_decoupled_trains_as_ever_and_its_losses_train_a_scorer(world, coupled):
     }
     for flag, path in files.items():
         place = ["--out", str(world.folder / flag.strip("-"))]
-        main(["select", "coido", *world.where, *world.flags[:-2], flag, str(path), *place])
+        main(["select", "coido", *world.where, *world.flags, flag, str(path), *place])
         assert len(json.loads((Path(place[1]) / "subset.json").read_text())) == 12
 
 
@@ -165,7 +163,7 @@ def test_an_interrupted_run_goes_on_to_the_same_scorer(world, coupled):
 
 
 def test_weights_of_a_step_sum_to_the_factor_of_the_importance_loss(world):
-    session = Session(world.folder / "run", world.folder / "data/subset.json", "coupled")
+    session = Session(world.folder / "run", world.data, "coupled")
     session.start(STEPS)
     session.fitter.log_sigma.data = torch.tensor([0.5, 0.0])
     session.begin_step([5, 3, 9, 3])

@@ -80,10 +80,10 @@ class World:
         """`Method.run` with stores of `block_size`; the rows it asks for go to `requested`."""
 
         def extract(requests):
-            assert set(requests) == {"perturbed"}
-            self.requested.append(requests["perturbed"].rows)
-            rows = requests["perturbed"].rows
-            return {"perturbed": self.store("perturbed", self.perturbed, rows, block_size)}
+            ((name, request),) = requests.items()
+            self.requested.append(request.rows)
+            arrays = {"perturbed": self.perturbed, "forward": self.forward}[name]
+            return {name: self.store(name, arrays, request.rows, block_size)}
 
         return method.run(self.context(block_size), seed, extract)
 

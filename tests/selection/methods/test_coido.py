@@ -28,9 +28,33 @@ def saved(run, folder):
 
 def test_the_drawn_samples_are_those_of_random_in_an_order_of_their_own(world):
     random = Random()
-    rows = drawn(world.context(), "0.4", 3)
+    rows = drawn(world.context(), 60, 3)
     same = random.select(world.context(), world.run(random, seed=3).scores, 60)
     assert sorted(rows) == same.tolist() and rows.tolist() != same.tolist()
+
+
+def test_the_proxy_sees_the_drawn_samples_only(world):
+    method = made()
+    assert method.reads_proxy(world.pool) and set(method.signals()) == {"clip"}
+    run = world.run(method)
+    assert world.requested[0].tolist() == sorted(run.artefacts["training_rows"])
+    assert method.foreseen(world.pool)["forward"].rows.tolist() == world.requested[0].tolist()
+
+
+def test_what_is_prepared_for_co_training_is_what_a_scorer_is_trained_on(world):
+    """Another budget and flag, the same samples, clusters and ranges, and no proxy."""
+    method = made(prepare=True, draw=3)
+    assert not method.reads_proxy(world.pool)
+    prepared, trained = world.run(method), world.run(made(draw=3, share="45"))
+    for name in ("training_rows", "training_clusters"):
+        np.testing.assert_array_equal(prepared.artefacts[name], trained.artefacts[name])
+    both = prepared.artefacts["training"], trained.artefacts["training"]
+    assert both[0]["assembly"] == both[1]["assembly"]
+    subset = method.select(world.context(), prepared.scores, 45)
+    assert subset.tolist() == sorted(prepared.artefacts["training_rows"])
+    random = Random()
+    drawn_by_random = random.select(world.context(), world.run(random, seed=3).scores, 45)
+    assert subset.tolist() == drawn_by_random.tolist()
 
 
 def test_each_source_gives_its_lowest_logits_in_proportion(world):
@@ -73,7 +97,7 @@ def test_a_scorer_from_a_file_gives_the_scores_it_gave(world, new_world, tmp_pat
 
 def test_a_trajectory_trains_the_same_scorer_as_its_losses_live(world, tmp_path):
     """Batches and losses recorded elsewhere: the replay is `Fitter.step` by `Fitter.step`."""
-    rng, rows = np.random.default_rng(0), drawn(world.context(), "0.4", 0)
+    rng, rows = np.random.default_rng(0), drawn(world.context(), 60, 0)
     steps = np.repeat(np.arange(12), 5)
     uid = world.pool.uids[rows]
     trajectory = Trajectory(uid, rng.exponential(size=60).astype(np.float32), steps)
@@ -167,6 +191,9 @@ def test_settings_that_cannot_be(bad):
         made(**bad)
 
 
-def test_a_scorer_and_a_trajectory_are_two_answers_to_one_question():
+def test_flags_that_contradict_each_other():
     with pytest.raises(UsageError, match="--scorer needs no --trajectory"):
         made(scorer="a", trajectory="b")
+    for given in ("scorer", "trajectory"):
+        with pytest.raises(UsageError, match="--prepare comes before"):
+            made(prepare=True, **{given: "a"})
