@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -43,12 +44,19 @@ class RefusedError(UserError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call `main` and turn a `UserError` into one line on stderr and its exit code."""
+    """Call `main` and turn a `UserError` into one line on stderr and its exit code.
+
+    A reader that has gone, as in `... | head`, ends the program quietly (exit 141).
+    """
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)

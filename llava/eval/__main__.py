@@ -13,7 +13,6 @@ the exit codes.
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,5 +163,4 @@ def _some(ids: Sequence[int | str]) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends quietly
     run_main(main)
