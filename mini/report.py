@@ -13,8 +13,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from llava.errors import UsageError
 from llava.flags import Parser
@@ -22,6 +20,7 @@ from selection.compare import compare, read_run
 from selection.methods.base import Context, stream
 from selection.methods.random import Random
 from selection.pool import Pool
+from selection.tables import print_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,21 +115,19 @@ def print_report(
     run: Path, shares: list[Share], n: int, rows: np.ndarray, drawn: np.ndarray
 ) -> None:
     """The shares as a table, and the overlap of the two subsets."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("oracle label", "pool", "share", "subset", "share", "random", "share"):
-        table.add_column(title, justify="left" if title == "oracle label" else "right")
-    for share in shares:
-        cells = [(share.pool, n), (share.subset, len(rows)), (share.random, len(drawn))]
-        shown = [text for count, of in cells for text in (f"{count}", f"{count / of:.1%}")]
-        table.add_row(share.label, *shown)
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(table)
+    headings = ("oracle label", "pool", "share", "subset", "share", "random", "share")
+    sizes = (n, len(rows), len(drawn))
+    print_table("", headings, (_cells(share, sizes) for share in shares))
     common = len(np.intersect1d(rows, drawn))
-    console.print(
+    print(
         f"overlap with random: {common} of {len(rows)} ({common / len(rows):.1%}; two independent "
-        f"draws share {len(rows) / n:.1%})",
-        markup=False,
+        f"draws share {len(rows) / n:.1%})"
     )
+
+
+def _cells(share: Share, sizes: Sequence[int]) -> list[str]:
+    counts = zip((share.pool, share.subset, share.random), sizes, strict=True)
+    return [share.label, *(text for n, of in counts for text in (f"{n}", f"{n / of:.1%}"))]
 
 
 def print_comparison(runs: Sequence[Path]) -> None:
@@ -139,14 +136,11 @@ def print_comparison(runs: Sequence[Path]) -> None:
     pool = Pool.open(first["path"], limit=first["n"])
     subsets = [np.loadtxt(run / "subset_rows.txt", dtype=np.int64, ndmin=1) for run in runs]
     found = [oracle_shares(pool, rows, rows) for rows in subsets]
-    table = Table(box=None, pad_edge=False)
-    for title in ("oracle label", "pool", *(run.name for run in runs)):
-        table.add_column(title, justify="left" if title == "oracle label" else "right")
-    for shares in zip(*found, strict=True):
-        counts = [(share.subset, len(rows)) for share, rows in zip(shares, subsets, strict=True)]
-        cells = [(shares[0].pool, len(pool)), *counts]
-        table.add_row(shares[0].label, *(f"{count / of:.1%}" for count, of in cells))
-    Console(soft_wrap=True, highlight=False).print(table)
+    headings = ("method", *(share.label.strip() for share in found[0]))
+    lines = [("pool", *(f"{share.pool / len(pool):.1%}" for share in found[0]))]
+    for run, rows, shares in zip(runs, subsets, found, strict=True):
+        lines.append((run.name, *(f"{share.subset / len(rows):.1%}" for share in shares)))
+    print_table("oracle labels", headings, lines)
 
 
 def _manifest(run: Path) -> dict:

@@ -16,14 +16,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from llava import files
 from llava.errors import UsageError
 from selection.budget import top_k
 from selection.consensus import percentile_ranks
 from selection.export import unseal
+from selection.tables import print_table
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def compare(folders: Sequence[str], out: str | Path) -> None:
         shared, agree = overlaps(rows, rows), rank_correlations([run.scores for run in runs])
         facts |= {"overlap": shared.tolist(), "rank_correlation": _plain(agree)}
         _print("share of the row's subset that the column's has too", names, shared, "{:.1%}")
-        _print("rank correlation of the scores", names, agree, "{:+.3f}")
+        _print("rank correlation of the scores", names, agree, "{:+.2f}")
         _write(out / "overlap.png", picture_of_runs(names, shared, agree))
     for name, run in zip(names, runs, strict=True):
         if run.specialists:
@@ -118,7 +117,8 @@ def compare(folders: Sequence[str], out: str | Path) -> None:
                 "overlap": among.tolist(),
                 "in_subset": kept.tolist(),
             }
-            _print(f"{name}: share of the specialists that the subset has", tasks, kept[:, None])
+            title = f"{name}: share of the specialists that the subset has"
+            print_table(title, ["", ""], zip(tasks, map("{:.1%}".format, kept), strict=True))
             _write(
                 out / f"specialists-{name}.png", picture_of_specialists(name, tasks, among, kept)
             )
@@ -166,14 +166,14 @@ def _matrix(
             axes.text(j, i, form.format(value), ha="center", va="center", color=colour)
 
 
-def _print(title: str, names: Sequence[str], matrix: np.ndarray, form: str = "{:.1%}") -> None:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("")
-    for name in names if matrix.shape[1] == len(names) else [""]:
-        table.add_column(name, justify="right")
-    for name, row in zip(names, matrix, strict=True):
-        table.add_row(name, *(form.format(x) if np.isfinite(x) else "-" for x in row))
-    Console(soft_wrap=True, highlight=False).print(table)
+def _print(title: str, names: Sequence[str], matrix: np.ndarray, form: str) -> None:
+    """A square matrix; its columns are numbered like its rows."""
+    numbers = [str(i + 1) for i in range(len(names))]
+    rows = (
+        [f"{i} {name}", *(form.format(x) if np.isfinite(x) else "-" for x in row)]
+        for i, name, row in zip(numbers, names, matrix, strict=True)
+    )
+    print_table(title, ["", *numbers], rows)
 
 
 def _distinct(names: Sequence[str], folders: Sequence[str]) -> list[str]:

@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.table import Table
 
 from llava.errors import UsageError
 from llava.vlm.base import Vlm
@@ -30,6 +28,7 @@ from .run import Selection, extract_together_with, open_proxy
 from .settings import PoolSettings, ProxySettings, Run, SelectSettings, parse_select
 from .signals.onepass import OnePass
 from .summary import source_shares
+from .tables import print_table
 
 
 @dataclass(frozen=True)
@@ -154,29 +153,31 @@ def _report(
         name: json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name, folder in finished.items()
     }
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(_times_table({name: m["times"] for name, m in manifests.items()}, manifests))
-    console.print(f"one pass of the proxy over the pool, for all: {seconds:.1f} s", markup=False)
-    console.print(_shares_table(finished))
+    _print_times(manifests)
+    print(f"one pass of the proxy over the pool, for all: {seconds:.1f} s")
+    _print_shares(finished)
     if len(finished) > 1:
         compare([str(folder) for folder in finished.values()], out / "compare")
     for name, reason in skipped.items():
-        console.print(f"not run: {name}: {reason}", markup=False)
+        print(f"not run: {name}: {reason}")
 
 
-def _times_table(times: Mapping[str, Mapping[str, float]], manifests: Mapping[str, Any]) -> Table:
+def _print_times(manifests: Mapping[str, Any]) -> None:
     """Size of each subset and seconds of each stage."""
+    times = {name: manifest["times"] for name, manifest in manifests.items()}
     stages = list(dict.fromkeys(stage for mine in times.values() for stage in mine))
-    table = Table(title="seconds by stage", title_justify="left", box=None, pad_edge=False)
-    for title in ("method", "samples", *stages):
-        table.add_column(title, justify="left" if title == "method" else "right")
-    for name, mine in times.items():
-        cells = [f"{mine[stage]:.1f}" if stage in mine else "" for stage in stages]
-        table.add_row(name, str(manifests[name]["subset"]["n"]), *cells)
-    return table
+    rows = (
+        (
+            name,
+            str(manifests[name]["subset"]["n"]),
+            *(f"{mine[stage]:.1f}" if stage in mine else "" for stage in stages),
+        )
+        for name, mine in times.items()
+    )
+    print_table("seconds by stage", ("method", "samples", *stages), rows)
 
 
-def _shares_table(finished: Mapping[str, Path]) -> Table:
+def _print_shares(finished: Mapping[str, Path]) -> None:
     """Share of every source in the pool and in each subset, largest source first."""
     shares = {}
     for name, folder in finished.items():
@@ -186,12 +187,8 @@ def _shares_table(finished: Mapping[str, Path]) -> Table:
         )
         shares[name] = source_shares(sources.astype(str), chosen.astype(bool))
     pool = next(iter(shares.values()))
-    table = Table(title="share of each source", title_justify="left", box=None, pad_edge=False)
-    for title in ("source", "pool", *shares):
-        table.add_column(title, justify="left" if title == "source" else "right")
-    n_pool = sum(in_pool for _, in_pool, _ in pool)
-    sizes = {name: sum(n for *_, n in mine) for name, mine in shares.items()}
-    for i, (source, in_pool, _) in enumerate(pool):
-        cells = [f"{mine[i][2] / sizes[name]:.1%}" for name, mine in shares.items()]
-        table.add_row(source, f"{in_pool / n_pool:.1%}", *cells)
-    return table
+    counts = {"pool": [n for _, n, _ in pool]}
+    counts |= {name: [chosen for *_, chosen in mine] for name, mine in shares.items()}
+    headings = ("method", *(source for source, *_ in pool))
+    rows = ((name, *(f"{n / sum(mine):.1%}" for n in mine)) for name, mine in counts.items())
+    print_table("share of each source", headings, rows)

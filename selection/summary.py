@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.table import Table
+
+from selection.tables import print_table
 
 
 def source_shares(sources: np.ndarray, chosen: np.ndarray) -> list[tuple[str, int, int]]:
@@ -30,7 +31,7 @@ def print_summary(out: Path) -> None:
     sources = table["source"].to_numpy(zero_copy_only=False).astype(str)
     chosen = table["chosen"].to_numpy(zero_copy_only=False).astype(bool)
     console = Console(soft_wrap=True, highlight=False)
-    console.print(shares_table(source_shares(sources, chosen)))
+    print_shares(source_shares(sources, chosen))
     for line in [*manifest["notes"], *(f"warning: {text}" for text in manifest["warnings"])]:
         console.print(line, markup=False)
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in manifest["times"].items())
@@ -43,15 +44,12 @@ def print_summary(out: Path) -> None:
     )
 
 
-def shares_table(shares: list[tuple[str, int, int]]) -> Table:
-    """The table of `source_shares`."""
+def print_shares(shares: list[tuple[str, int, int]]) -> None:
+    """Print `source_shares`."""
     n_pool = sum(pool for _, pool, _ in shares)
     n_subset = max(sum(subset for _, _, subset in shares), 1)
-    table = Table(box=None, pad_edge=False)
-    for title in ("source", "pool", "share", "subset", "share", "chosen of it"):
-        table.add_column(title, justify="left" if title == "source" else "right")
-    for name, in_pool, in_subset in shares:
-        table.add_row(
+    rows = (
+        (
             name,
             f"{in_pool}",
             f"{in_pool / n_pool:.1%}",
@@ -59,4 +57,6 @@ def shares_table(shares: list[tuple[str, int, int]]) -> Table:
             f"{in_subset / n_subset:.1%}",
             f"{in_subset / in_pool:.1%}",
         )
-    return table
+        for name, in_pool, in_subset in shares
+    )
+    print_table("", ("source", "pool", "share", "subset", "share", "chosen of it"), rows)
