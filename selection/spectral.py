@@ -1,36 +1,45 @@
 """Spectral clustering that scales: a nearest-neighbour graph and a few of its eigenvectors.
 
-    neighbours   each row's k nearest by cosine, itself left out; exact (faiss)
+    neighbours   each row's k nearest by cosine, itself left out; exact, every pair (faiss)
     affinity     w_ij = (1 + cos) / 2 for neighbours, symmetric by the mean of both directions
     Laplacian    L = I - D^-1/2 W D^-1/2
     embedding    its M lowest eigenvectors: LOBPCG with an algebraic multigrid preconditioner
-                 (Knyazev 2001, pyamg), dense for small graphs; divided by sqrt(degree)
+                 (Knyazev 2001, pyamg), dense for small graphs; divided by sqrt(degree). Lanczos
+                 (scipy's eigsh) is faster and was found to miss one of several nearly equal ones
     labels       pivoted QR of the embedding (Damle, Minden and Ying 2019): no restarts, no seed
 
 The result is that of scikit-learn's SpectralClustering(assign_labels="cluster_qr") on the same
 affinity, in time and memory that grow with n k instead of n^2. Equal rows count once, and a part of
 the graph without a way out is linked to the largest one, so that a few repeated samples do not use
-up the clusters.
+up the clusters. The number of threads changes nothing: only the neighbours use more than one.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import faiss
 import numpy as np
 import pyamg
 import scipy.sparse as sp
+import xxhash
 from scipy.linalg import eigh, qr, svd
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import lobpcg
+from threadpoolctl import threadpool_limits
+
+from llava.errors import DataError
 
 N_NEIGHBOURS = 30
+BLOCK = 4096  # rows whose neighbours one thread looks for at a time
 DENSE = 1500  # rows up to which all eigenvectors are computed at once
 GUARD = 8  # more vectors than are wanted, for faster convergence
-TOLERANCE = 1e-5  # largest residual |L v - lambda v| of an eigenvector
-MAX_ITERATIONS = 200
+TOLERANCE = 1e-5  # largest residual |L v - lambda v| of a wanted eigenvector
+ROUND = 10  # iterations between two looks at the wanted residuals
+MAX_ROUNDS = 50
 
 
 def spectral_clusters(
@@ -40,12 +49,14 @@ def spectral_clusters(
 
     Only directions count; rows of zeros are equal to one another. With no more distinct rows than
     clusters every distinct row is its own. `seed` starts the eigensolver and changes rounding only.
+    DataError where the eigensolver does not converge.
     """
     distinct, member = distinct_rows(unit(rows))
     if len(distinct) <= n_clusters:
         return member.astype(np.int32)
-    graph = connected(affinity(distinct, n_neighbours), distinct, n_neighbours)
-    return cluster_qr(embedding(graph, n_clusters, seed)).astype(np.int32)[member]
+    with threadpool_limits(1, "blas"):  # sums depend on how many threads share them
+        graph = connected(affinity(distinct, n_neighbours), distinct, n_neighbours)
+        return cluster_qr(embedding(graph, n_clusters, seed)).astype(np.int32)[member]
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -56,22 +67,40 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 def distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct of `rows` (n, D) in the order of their first, (u, D), and which each is (n,)."""
-    whole = np.ascontiguousarray(rows).view(f"V{rows.dtype.itemsize * rows.shape[1]}").ravel()
-    _, first, member = np.unique(whole, return_index=True, return_inverse=True)
+    hashes = b"".join(xxhash.xxh3_128_digest(row) for row in np.ascontiguousarray(rows))
+    _, first, member = np.unique(
+        np.frombuffer(hashes, "V16"), return_index=True, return_inverse=True
+    )
     rank = np.argsort(np.argsort(first))
-    return rows[np.sort(first)], rank[member]
+    return rows if len(first) == len(rows) else rows[np.sort(first)], rank[member]
 
 
 def affinity(rows: np.ndarray, n_neighbours: int) -> sp.csr_matrix:
     """Symmetric (n, n) weights in 0..1 of each unit row (n, D) with its nearest others."""
     k = min(n_neighbours, len(rows) - 1)
-    cosines, found = faiss.knn(rows, rows, k + 1, metric=faiss.METRIC_INNER_PRODUCT)
+    cosines, found = nearest(rows, rows, k + 1)
     own = found == np.arange(len(rows))[:, None]
     own[~own.any(1), -1] = True  # pushed out by equal ones: the farthest goes instead
     weights = (1 + cosines[~own].clip(-1, 1)) / 2
     starts = np.arange(len(rows) + 1) * k
     directed = sp.csr_matrix((weights, found[~own], starts), shape=(len(rows),) * 2, dtype=float)
     return ((directed + directed.T) / 2).tocsr()
+
+
+def nearest(rows: np.ndarray, others: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines (n, k) of each unit row (n, D) with its `k` nearest `others`, and which they are.
+
+    Each block of rows is one thread's, so that rounding does not depend on their number.
+    """
+
+    def search(start: int) -> tuple[np.ndarray, np.ndarray]:
+        part = rows[start : start + BLOCK]
+        return faiss.knn(part, others, k, metric=faiss.METRIC_INNER_PRODUCT)
+
+    n_threads = faiss.omp_get_max_threads()
+    with ThreadPoolExecutor(n_threads, "", faiss.omp_set_num_threads, (1,)) as pool:
+        cosines, found = zip(*pool.map(search, range(0, len(rows), BLOCK)), strict=True)
+    return np.concatenate(cosines), np.concatenate(found)
 
 
 def connected(graph: sp.csr_matrix, rows: np.ndarray, n_links: int) -> sp.csr_matrix:
@@ -87,7 +116,7 @@ def connected(graph: sp.csr_matrix, rows: np.ndarray, n_links: int) -> sp.csr_ma
     centres = np.array([_centre(rows, np.flatnonzero(part == p)) for p in range(n_parts)])
     centres = np.delete(centres, largest)
     k = min(n_links, len(inside))
-    cosines, found = faiss.knn(rows[centres], rows[inside], k, metric=faiss.METRIC_INNER_PRODUCT)
+    cosines, found = nearest(rows[centres], rows[inside], k)
     pairs = np.repeat(centres, k), inside[found.ravel()]
     weights = (1 + cosines.ravel().clip(-1, 1)) / 4  # the mean of one direction and none
     links = sp.coo_matrix((weights, pairs), shape=graph.shape)
@@ -111,20 +140,40 @@ def embedding(graph: sp.csr_matrix, n_vectors: int, seed: int = 0) -> np.ndarray
 
 def _lowest(laplacian: sp.csr_matrix, scale: np.ndarray, n: int, seed: int) -> np.ndarray:
     """The `n` lowest eigenvectors; the first of them is known, 1 / `scale`."""
-    start = np.random.default_rng(seed).standard_normal((len(scale), n + GUARD))
-    start[:, 0] = 1 / scale
+    vectors = np.random.default_rng(seed).standard_normal((len(scale), n + GUARD))
+    vectors[:, 0] = 1 / scale
     with _own_randomness(seed):
         shifted = laplacian + 1e-5 * sp.eye(len(scale))  # the multigrid needs it regular
         solver = pyamg.smoothed_aggregation_solver(shifted.tocsr(), B=(1 / scale)[:, None])
-    values, vectors = lobpcg(
-        laplacian,
-        start,
-        M=solver.aspreconditioner(),
-        tol=TOLERANCE,
-        largest=False,
-        maxiter=MAX_ITERATIONS,
+    for _ in range(MAX_ROUNDS):  # the guards would take several times as long to converge
+        values, vectors = _improved(laplacian, vectors, solver)
+        wanted = vectors[:, :n]
+        residual = np.linalg.norm(laplacian @ wanted - wanted * values[:n], axis=0).max()
+        if residual <= TOLERANCE:
+            return wanted
+    raise DataError(
+        f"spectral clusters: residual {residual:.1e} of the eigenvectors after "
+        f"{MAX_ROUNDS * ROUND} iterations, wanted {TOLERANCE}; ask for more neighbours or "
+        "another number of clusters"
     )
-    return vectors[:, np.argsort(values, kind="stable")[:n]]
+
+
+def _improved(
+    laplacian: sp.csr_matrix, vectors: np.ndarray, solver: pyamg.multilevel.MultilevelSolver
+) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, ascending, and vectors after a round of LOBPCG from `vectors` (n, m)."""
+    with warnings.catch_warnings():  # of what has not converged, the guards mostly
+        warnings.simplefilter("ignore", UserWarning)
+        values, vectors = lobpcg(
+            laplacian,
+            vectors,
+            M=solver.aspreconditioner(),
+            tol=TOLERANCE,
+            largest=False,
+            maxiter=ROUND,
+        )
+    order = np.argsort(values, kind="stable")
+    return values[order], vectors[:, order]
 
 
 @contextmanager
