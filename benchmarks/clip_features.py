@@ -24,7 +24,8 @@ from selection.pool import Pool
 from selection.ranks import Ranks
 from selection.run import extract_signal
 from selection.settings import PoolSettings, ProxySettings
-from selection.signals.clip import Clip, ClipModel, distinct_images, load_clip, text_of
+from selection.signals.clip import Clip, distinct_images, text_of
+from selection.signals.clip_models import ClipModel, load_clip
 
 
 def one_by_one(model: ClipModel, pool: Pool, images: Path) -> np.ndarray:

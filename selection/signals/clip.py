@@ -10,30 +10,23 @@ The text is the conversation, "USER: ... ASSISTANT: ...", without `<image>`, cut
 77 tokens (as in CoIDO's code). Images are a signal of their own, `ClipImages`, with one row per
 distinct image: one that many samples share is decoded and encoded once.
 
-The model is transformers' CLIPModel. No number depends on batch size or order (`llava.vlm.base`).
+The model is transformers' or open_clip's: see `selection/signals/clip_models.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
-from torch.nn import functional as F
 
 from llava.conversation import IMAGE_TOKEN
-from llava.errors import DataError, UsageError
-from llava.model.checkpoint import fingerprint
-from llava.model.weights import find_directory
-from llava.vlm import pick_device, pick_dtype
-from llava.vlm.base import MIN_ROWS, StableRows
+from llava.errors import DataError
 from selection.signals.base import Sample, Signal
+from selection.signals.clip_models import AnyClip, checkpoint_content, load_clip, padded
 from selection.store import Column, StoreReader
 
 if TYPE_CHECKING:
@@ -42,67 +35,6 @@ if TYPE_CHECKING:
 
 DEFAULT = "openai/clip-vit-large-patch14"
 _SPEAKERS = {"human": "USER", "gpt": "ASSISTANT"}
-_QUANTUM = 8  # texts are padded to a multiple of so many tokens
-
-
-class ClipModel:
-    """A CLIP checkpoint: model, tokenizer and image processor."""
-
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
-        safely = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            self.model = transformers.CLIPModel.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, **safely
-            )
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safely)
-            # Never the torchvision-backed one, which gives other pixels.
-            self.processor = transformers.CLIPImageProcessorPil.from_pretrained(path, **safely)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UsageError(
-                f"{path}: no CLIP with tokenizer and image processor can be read ({reason[0]})"
-            ) from error
-        self.model.to(device).eval()
-        self.width: int = self.model.config.projection_dim
-        self.max_length: int = self.model.config.text_config.max_position_embeddings
-
-    @property
-    def stored_dtype(self) -> str:
-        return "float32" if self.model.dtype == torch.float32 else "float16"
-
-    def identity(self) -> dict[str, Any]:
-        """What decides numbers besides the checkpoint, JSON-serialisable."""
-        return {
-            "kind": "clip",
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            **{m.__name__: ".".join(m.__version__.split(".")[:2]) for m in (torch, transformers)},
-        }
-
-    def pixels(self, image: Any) -> Tensor:
-        """(3, H, W) float32 of a PIL image."""
-        return self.processor(image, return_tensors="pt")["pixel_values"][0]
-
-    def tokens(self, text: str) -> Tensor:
-        """(L,) int64, cut at the model's length, its end token kept."""
-        ids = self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
-        return torch.tensor(ids)
-
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Unit features (B, D) float32 of `pixels` (B, 3, H, W)."""
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        with StableRows():
-            return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
-
-    def encode_texts(self, ids: list[Tensor]) -> Tensor:
-        """Unit features (B, D) float32 of tokenised texts.
-
-        The text model is causal and read at the end token: what is padded behind it does not count.
-        """
-        length, end = max(map(_padded, ids)), self.tokenizer.eos_token_id
-        rows = [F.pad(row, (0, min(length, self.max_length) - len(row)), value=end) for row in ids]
-        with StableRows():
-            found = self.model.get_text_features(torch.stack(rows).to(self.model.device))
-        return _unit(found.pooler_output)
 
 
 @dataclass
@@ -112,7 +44,7 @@ class WithImages:
     Without `images`, for an estimate of the cost, every sample counts as text.
     """
 
-    clip: ClipModel
+    clip: AnyClip
     pool: Pool
     images: StoreReader | None
 
@@ -137,7 +69,7 @@ class ClipItem:
     @property
     def n_tokens(self) -> int:
         """Tokens of a text; of an image about the patches of ViT-L/14."""
-        return _padded(self.tensor) if self.tensor.ndim == 1 else self.tensor[0].numel() // 14**2
+        return padded(self.tensor) if self.tensor.ndim == 1 else self.tensor[0].numel() // 14**2
 
     @property
     def key(self) -> tuple:
@@ -159,16 +91,16 @@ class ClipImages(Signal):
 
     def open_model(
         self, pool: Pool, readers: Mapping[str, StoreReader], dtype: str, device: str
-    ) -> ClipModel:
+    ) -> AnyClip:
         return load_clip(self.model, dtype, device)
 
-    def columns(self, proxy: ClipModel) -> list[Column]:
+    def columns(self, proxy: AnyClip) -> list[Column]:
         return [Column("image_features", (proxy.width,), proxy.stored_dtype)]
 
-    def prepare(self, proxy: ClipModel, sample: Sample) -> ClipItem:
+    def prepare(self, proxy: AnyClip, sample: Sample) -> ClipItem:
         return ClipItem(proxy.pixels(sample.image))
 
-    def compute(self, proxy: ClipModel, items: list[ClipItem]) -> dict[str, np.ndarray]:
+    def compute(self, proxy: AnyClip, items: list[ClipItem]) -> dict[str, np.ndarray]:
         found = proxy.encode_images(torch.stack([item.tensor for item in items]))
         return {"image_features": found.cpu().numpy().astype(proxy.stored_dtype)}
 
@@ -222,19 +154,6 @@ class Clip(Signal):
         }
 
 
-@lru_cache(maxsize=1)
-def load_clip(name: str, dtype: str, device: str) -> ClipModel:
-    """The checkpoint `name`, read once per process; UsageError when it cannot be read."""
-    where = pick_device(device)
-    return ClipModel(find_directory(name), pick_dtype(dtype, where), where)
-
-
-@lru_cache
-def checkpoint_content(name: str) -> str:
-    """Fingerprint of the files of checkpoint `name`; UsageError when there is none."""
-    return fingerprint(find_directory(name))
-
-
 def text_of(record: Record) -> str:
     """The whole conversation on one line, without `<image>`."""
     turns = [
@@ -272,11 +191,3 @@ def image_owner(pool: Pool, firsts: np.ndarray) -> np.ndarray:
 def _identity(signal: Signal) -> dict[str, Any]:
     """The checkpoint enters with its content, so where it lies does not count."""
     return {"checkpoint": checkpoint_content(signal.model), "schema": signal.schema}
-
-
-def _padded(ids: Tensor) -> int:
-    return max(MIN_ROWS, -(-len(ids) // _QUANTUM) * _QUANTUM)
-
-
-def _unit(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=-1)

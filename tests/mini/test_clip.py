@@ -9,7 +9,7 @@ import transformers as hf
 from mini import clip
 from mini.base import SHIPPED
 from selection.pool import Pool
-from selection.signals.clip import ClipModel
+from selection.signals.clip_models import ClipModel
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "pink", "brown"]
 N = 64

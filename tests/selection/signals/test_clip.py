@@ -20,7 +20,7 @@ from selection.pool import Pool
 from selection.ranks import Ranks
 from selection.run import extract_signal, print_cost
 from selection.settings import PoolSettings, ProxySettings
-from selection.signals import clip
+from selection.signals import clip_models
 from selection.signals.clip import Clip, distinct_images, image_owner, text_of
 from selection.store import StoreWriter
 from tests.extraction import fork
@@ -107,10 +107,10 @@ def test_text_only_samples_have_a_zero_image_and_no_score(world, reader):
 
 def test_each_distinct_image_is_decoded_and_encoded_once(world, tmp_path, monkeypatch):
     opened, encoded = [], []
-    real_open, real_encode = Image.open, clip.ClipModel.encode_images
+    real_open, real_encode = Image.open, clip_models.ClipModel.encode_images
     monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(1) or real_open(*a, **k))
     monkeypatch.setattr(
-        clip.ClipModel,
+        clip_models.ClipModel,
         "encode_images",
         lambda self, p: encoded.append(len(p)) or real_encode(self, p),
     )
@@ -214,7 +214,7 @@ def test_another_checkpoint_is_another_store_and_its_place_is_not(world, tmp_pat
     assert same == other
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps(config | {"logit_scale_init_value": 1.0}))
-    clip.checkpoint_content.cache_clear()
+    clip_models.checkpoint_content.cache_clear()
     assert Clip(str(moved)).identity() != same
 
 
@@ -231,6 +231,6 @@ def test_no_clip_is_one_clear_line(tmp_path):
     with pytest.raises(UsageError, match="no such model directory"):
         Clip(str(tmp_path / "none")).identity()
     (tmp_path / "config.json").write_text("{}")
-    clip.load_clip.cache_clear()
+    clip_models.load_clip.cache_clear()
     with pytest.raises(UsageError, match="no CLIP with tokenizer"):
-        clip.load_clip(str(tmp_path), "auto", "cpu")
+        clip_models.load_clip(str(tmp_path), "auto", "cpu")
