@@ -95,11 +95,9 @@ def merge(influence: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def merge_gausnorm(influence: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Sum of standard scores; a task to which all samples are alike adds nothing."""
-    spread = influence.std(axis=0)
-    # A column of equal numbers has a spread of rounding errors.
-    alike = np.ptp(influence, axis=0) == 0
-    scores = (influence - influence.mean(axis=0)) / np.where(alike, 1.0, spread)
-    return merge(np.where(alike, 0.0, scores), weights)
+    # A column of equal numbers has a spread of rounding errors; all get the same with 1.
+    spread = np.where(np.ptp(influence, axis=0) == 0, 1.0, influence.std(axis=0))
+    return merge((influence - influence.mean(axis=0)) / spread, weights)
 
 
 def merge_sumnorm(influence: np.ndarray, weights: np.ndarray) -> np.ndarray:

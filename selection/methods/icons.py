@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llava.errors import DataError
 from selection import influence
 from selection.consensus import Aggregation, aggregate, check, decided_by_rank, total_votes
 from selection.signals.gradients import Gradients
@@ -84,11 +85,13 @@ def agreement(
 ) -> Scored:
     """Scores from the influences (N, K) on tasks; `counts` are the samples of their sub-tasks.
 
-    Samples that some signal could not be computed for have none. Raises NonFiniteError if another
-    sample has no influence on some task.
+    Samples that some signal could not be computed for have none; DataError when that is all of
+    them. Raises NonFiniteError if another sample has no influence on some task.
     """
     usable = np.ones(len(context.pool), bool)
     usable[[note["row"] for reader in context.readers.values() for note in reader.bad]] = False
+    if not usable.any():
+        raise DataError(f"{context.pool.path}: no sample of the pool could be scored")
     names = [task.name for task in context.tasks]
     check(by_task[usable], names)
     weights = np.array([task.weight for task in context.tasks])

@@ -12,6 +12,7 @@ target task counts for itself. Differs from paper and released code: docs/method
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,12 +48,13 @@ class Settings:
     """how: the dense rademacher, which the authors use, has the same variance and costs more"""
 
     def __post_init__(self) -> None:
-        if len(self.checkpoints) > 1 and len(self.learning_rates) != len(self.checkpoints):
+        given, n = len(self.learning_rates), len(self.checkpoints) or 1
+        if given != n and (given or n > 1):
             raise UsageError(
-                f"--learning_rates: {len(self.learning_rates)} given for {len(self.checkpoints)} "
-                "checkpoints; give one each (trainer_state.json has them)"
+                f"--learning_rates: {given} given for {n} checkpoints; give one each "
+                "(trainer_state.json has them)"
             )
-        if any(not rate > 0 for rate in self.learning_rates):
+        if not all(0 < rate < math.inf for rate in self.learning_rates):
             raise UsageError(f"--learning_rates {list(self.learning_rates)}: must be above 0")
 
 

@@ -109,6 +109,7 @@ def test_weights_are_counted_with_the_votes():
             assert scores[i] > scores[j]
     doubled = np.repeat(table, [1, 2, 3], axis=1)  # a weight of 2 is a task that is there twice
     np.testing.assert_allclose(total, total_votes(doubled, np.ones(6), 0.3) / 10)
+    np.testing.assert_allclose(ranked, mean_rank(doubled, np.ones(6)), atol=1e-12)
 
 
 def test_how_many_the_tie_rule_decides():

@@ -79,10 +79,14 @@ def test_the_same_sample_twice_is_one(extracted, records):
     assert extracted([records[0], *records[:4], records[0]])[1] == [4]
 
 
-def test_another_model_dtype_or_setting_is_computed_anew(extracted, records, world, tmp_path):
+def test_another_model_setting_or_schema_is_computed_anew(extracted, records, world, monkeypatch):
     reader, _ = extracted(records[:10])
     manifest = json.loads((reader.folder / "manifest.json").read_text())
     assert set(manifest["identity"]) >= {"proxy", "settings", "schema", "columns"}
+    for own in ({"settings": {"a": 1}, "schema": 1}, {"settings": {}, "schema": 2}):
+        monkeypatch.setattr(Counting, "identity", lambda self, own=own: own)
+        assert extracted(records[:12])[1] == list(range(12))
+        monkeypatch.undo()
     proxy = dict(world.proxy.__dict__)
     world.proxy.fingerprint = "another"
     try:

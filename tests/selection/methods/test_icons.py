@@ -1,5 +1,7 @@
 """ICONS, LESS and RDS on made-up signals: influences against slow loops, and what they report."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -91,6 +93,32 @@ def test_a_broken_number_is_never_a_missing_vote(world):
         world.run(Icons())
 
 
+def test_weights_of_the_targets_are_those_of_the_vote(world):
+    context = world.context()
+    tasks = [replace(task, weight=w) for task, w in zip(context.tasks, (3.0, 1.0), strict=True)]
+    scored = Icons().run(replace(context, tasks=tuple(tasks)), 0, None)
+    table, weights = scored.artefacts["influence"], np.array([3.0, 1.0])
+    np.testing.assert_array_equal(scored.scores, vote(table, weights, 45 / 150))
+    assert [task["weight"] for task in scored.artefacts["tasks"]] == [3.0, 1.0]
+
+
+def test_every_task_votes_for_the_share_of_the_usable_samples(world):
+    """45 of the 100 that could be scored, not of 150: a task's votes are as many as the budget."""
+    world.bad = list(range(20, 70))
+    scored = world.run(Icons())
+    left = np.setdiff1d(np.arange(150), world.bad)
+    table = scored.artefacts["influence"][left]
+    np.testing.assert_array_equal(scored.scores[left], vote(table, np.ones(2), 45 / 100))
+
+
+@pytest.mark.parametrize("method", [Icons(), Rds()])
+def test_a_pool_without_a_usable_sample_is_an_error(world, method):
+    tasks = world.tasks(16)
+    world.bad, world.folder = list(range(150)), world.folder / "bad"
+    with pytest.raises(DataError, match="no sample of the pool"):
+        method.run(replace(world.context(), tasks=tasks), 0, None)
+
+
 def test_the_notes_say_what_the_rule_decided(world):
     (note,) = world.run(Icons()).notes
     assert note.endswith("chosen by mean rank") and int(note.split()[0]) <= 45
@@ -110,6 +138,9 @@ def test_the_notes_say_what_the_rule_decided(world):
         ({"checkpoints": ("a", "b")}, "--learning_rates: 0 given for 2"),
         ({"checkpoints": ("a", "b"), "learning_rates": (1e-5,)}, "1 given for 2"),
         ({"checkpoints": ("a", "b"), "learning_rates": (1e-5, 0.0)}, "must be above 0"),
+        ({"learning_rates": (float("inf"),)}, "must be above 0"),
+        ({"learning_rates": (1e-5, 2e-5)}, "2 given for 1"),
+        ({"checkpoints": ("a",), "learning_rates": (1e-5, 2e-5)}, "2 given for 1"),
     ],
 )
 def test_checkpoints_without_rates_are_refused(settings, message):

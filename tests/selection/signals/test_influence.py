@@ -58,7 +58,7 @@ def test_is_the_mean_cosine_to_each_task(world, items, influence, tmp_path):
 
 def test_no_bit_depends_on_batches(world, influence, tmp_path):
     alone = world.extract(tmp_path / "1", influence, batch_size=1, block_size=12)
-    assert_same(alone, world.extract(tmp_path / "8", influence, batch_size=8, block_size=5))
+    assert_same(alone, world.extract(tmp_path / "8", influence, batch_size=8, block_size=12))
 
 
 def test_projected_influence_estimates_it(world, influence, tmp_path):
@@ -90,3 +90,17 @@ def test_target_sample_without_a_direction_stops(world, items):
     spoilt = replace(items[1], extras={"pixel_values": pixels})
     with pytest.raises(NonFiniteError, match="task 1: .* one of its 2 samples has length nan"):
         mean_unit_gradients(GRADIENTS, world.proxy, [[items[2]], [items[3], spoilt]])
+
+
+class Zero(Gradients):
+    """Every sample's gradient is zero."""
+
+    def compute_each(self, proxy, items, use):
+        super().compute_each(proxy, items, lambda name, gradient: use(name, 0 * gradient))
+
+
+def test_a_gradient_of_zero_has_no_direction(world, items, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"of one of its 1 samples has length 0\.0"):
+        mean_unit_gradients(Zero(), world.proxy, [[items[2]]])
+    found = world.extract(tmp_path, Zero(dim=64), np.arange(3))
+    assert [note["row"] for note in found.bad] == [0, 1, 2]
