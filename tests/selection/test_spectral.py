@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import SpectralClustering
 from sklearn.metrics import adjusted_rand_score
+from threadpoolctl import threadpool_limits
 
+from llava.errors import DataError
 from selection import spectral
-from selection.spectral import affinity, connected, distinct_rows, spectral_clusters, unit
+from selection.spectral import (
+    affinity,
+    connected,
+    distinct_rows,
+    embedding,
+    nearest,
+    spectral_clusters,
+    unit,
+)
 
 
 def planted(n: int, n_clusters: int, width: int = 24, noise: float = 0.15, seed: int = 0):
@@ -30,7 +42,9 @@ def slow_affinity(rows: np.ndarray, k: int) -> np.ndarray:
     return (weights + weights.T) / 2
 
 
-def test_affinity_is_the_definition():
+@pytest.mark.parametrize("block", [spectral.BLOCK, 7])
+def test_affinity_is_the_definition(monkeypatch, block):
+    monkeypatch.setattr(spectral, "BLOCK", block)
     rows, _ = planted(80, 4)
     for k in (3, 10, 79, 200):
         np.testing.assert_allclose(affinity(rows, k).toarray(), slow_affinity(rows, k), atol=1e-6)
@@ -46,7 +60,9 @@ def test_equals_scikit_learn_on_small_graphs(n_clusters, noise):
     assert adjusted_rand_score(spectral_clusters(rows, n_clusters, 15), expected) > 0.99
 
 
-def test_the_iterative_solver_finds_what_the_dense_one_does(monkeypatch):
+@pytest.mark.parametrize("iterations", [spectral.ROUND, 2])
+def test_the_iterative_solver_finds_what_the_dense_one_does(monkeypatch, iterations):
+    monkeypatch.setattr(spectral, "ROUND", iterations)
     rows, _ = planted(1400, 6, noise=0.25)
     dense = spectral_clusters(rows, 6, 15)
     monkeypatch.setattr(spectral, "DENSE", 0)
@@ -59,6 +75,18 @@ def test_the_iterative_solver_finds_what_the_dense_one_does(monkeypatch):
     scale = np.sqrt(np.asarray(graph.sum(1)))
     overlap = np.linalg.svd((first * scale).T @ (second * scale))[1]
     np.testing.assert_allclose(overlap, 1, atol=1e-3)  # cosines of the angles between the spaces
+
+
+def test_what_does_not_converge_is_an_error_and_what_does_is_silent(monkeypatch):
+    monkeypatch.setattr(spectral, "DENSE", 0)
+    rows, _ = planted(600, 4, noise=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        spectral_clusters(rows, 4)
+        monkeypatch.setattr(spectral, "ROUND", 1)
+        monkeypatch.setattr(spectral, "MAX_ROUNDS", 2)
+        with pytest.raises(DataError, match=r"residual \d.* after 2 iterations, wanted 1e-05"):
+            spectral_clusters(rows, 4)
 
 
 def test_finds_planted_clusters_among_twenty_thousand_rows():
@@ -79,6 +107,23 @@ def test_deterministic_and_blind_to_the_global_generator(monkeypatch):
     np.testing.assert_array_equal(spectral_clusters(rows, 4), first)
     other = spectral_clusters(rows, 4, seed=7)
     assert adjusted_rand_score(other, first) > 0.99
+
+
+def test_the_number_of_threads_changes_no_bit(monkeypatch):
+    rows, _ = planted(2000, 20, width=600, noise=0.1)
+    cosines, vectors, labels = [], [], []
+
+    def kept(*given):
+        vectors.append(embedding(*given))
+        return vectors[-1]
+
+    monkeypatch.setattr(spectral, "embedding", kept)
+    for n_threads in (1, 2):
+        with threadpool_limits(n_threads):
+            cosines.append(nearest(rows, rows, 5)[0])
+            labels.append(spectral_clusters(rows, 20))
+    for both in (cosines, vectors, labels):
+        np.testing.assert_array_equal(*both)
 
 
 @pytest.mark.parametrize("dense", [0, 1500])
