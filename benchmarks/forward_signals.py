@@ -33,7 +33,6 @@ from llava.tokens import IGNORE_INDEX
 from llava.vlm.base import Prepared, Vlm
 from selection.signals.blocks import Blocks
 from selection.signals.forward import Forward
-from selection.signals.onepass import compute_together
 
 LENGTHS = (700, 1500)
 N_ANSWER = 60
@@ -96,7 +95,7 @@ def make_calls(model: LlamaForCausalLM, length: int) -> dict[str, Callable[[], o
         "released": released,
         "plain": lambda: model.model(ids, use_cache=False),
         "signals": lambda: Forward().compute(proxy, [sample]),
-        "union": lambda: compute_together([Forward(), Blocks()], proxy, [sample]),
+        "union": lambda: Forward.compute_together([Forward(), Blocks()], proxy, [sample]),
     }
 
 

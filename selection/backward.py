@@ -30,7 +30,7 @@ from selection.signals.forward import ROW_CHUNK, supervised_positions
 from selection.sketch import signs
 
 Use = Callable[[str, Tensor], None]
-"""Called with a matrix's name and its gradients (B, m, n) float32, which it may overwrite."""
+"""Called with a matrix's name and its gradients (B, m, n) float32, which it must not keep."""
 
 
 def sample_gradients(proxy: Vlm, batch: Batch, adapter: Mapping[str, LowRank], use: Use) -> None:

@@ -1,14 +1,15 @@
 """`python -m selection all`: every method that the given models and files allow, compared.
 
-The signals that come out of a plain forward pass are computed first, for all methods in one pass
-of the proxy over the pool; each method then finds its own in the store.
+The signals of the proxy come first, for all methods together: what a plain forward pass tells in
+one pass over the pool, projected gradients in one more, forward and backward. Each method then
+finds its own in the store.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from .methods import Method, find_methods, get_method
 from .pool import Pool
 from .run import Selection, extract_together_with, open_proxy
 from .settings import PoolSettings, ProxySettings, Run, SelectSettings, parse_select
-from .signals.onepass import OnePass
 from .summary import source_shares
 from .tables import print_table
 
@@ -134,16 +134,29 @@ def _one_pass(
     model: Vlm | None,
     ranks: Ranks,
 ) -> float:
-    """Seconds that the signals of all methods took that share a pass; 0 without a proxy."""
-    wanted = [s for run in runs for s in _with_proxy(run.method) if isinstance(s, OnePass)]
-    if model is None or not wanted:
+    """Seconds that the signals of all methods took, those that share a pass in one; 0 without a
+    proxy."""
+    passes: dict[Hashable, list[Any]] = {}
+    for signal in dict.fromkeys(s for run in runs for s in _with_proxy(run.method)):
+        if model is not None and _has(model, signal):
+            passes.setdefault(signal.pass_over(), []).append(signal)
+    if not passes:
         return 0.0
     begun, pool = time.monotonic(), Pool.open(where.pool, where.limit)
     rows = np.arange(len(pool))
     check_images(pool, rows, where.images)
-    signals = list(dict.fromkeys(wanted))
-    extract_together_with(signals, rows, pool, where, proxy, ranks, model)
+    for signals in passes.values():
+        extract_together_with(signals, rows, pool, where, proxy, ranks, model)
     return time.monotonic() - begun
+
+
+def _has(model: Vlm, signal: Any) -> bool:
+    """Whether `model` has what the signal reads; if not its method will say so."""
+    try:
+        signal.reads(model)
+    except UsageError:
+        return False
+    return True
 
 
 def _report(
@@ -154,7 +167,7 @@ def _report(
         for name, folder in finished.items()
     }
     _print_times(manifests)
-    print(f"one pass of the proxy over the pool, for all: {seconds:.1f} s")
+    print(f"signals of the proxy, in as few passes as they can share: {seconds:.1f} s")
     _print_shares(finished)
     if len(finished) > 1:
         compare([str(folder) for folder in finished.values()], out / "compare")

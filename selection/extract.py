@@ -31,7 +31,6 @@ from selection.pool import Pool
 from selection.ranks import Ranks
 from selection.reuse import Known, write_uids
 from selection.signals.base import Item, Sample, Signal
-from selection.signals.onepass import compute_together
 from selection.store import (
     DEFAULT_BLOCK_SIZE,
     Column,
@@ -83,8 +82,8 @@ def extract_together(
 ) -> list[StoreReader]:
     """Compute what is missing of `signals` for pool `rows` (n,), in that order; open the stores.
 
-    Several signals must be such as share a pass (`Signal.shares_pass`): each sample goes through
-    the model once for all of them. Under torchrun every rank calls this, with the `ranks` of the
+    Several signals must be such as share a pass (`Signal.pass_over`): each sample goes through the
+    model once for all of them. Under torchrun every rank calls this, with the `ranks` of the
     process if it has made some. A batch holds at most `batch_size` samples and `max_tokens` tokens,
     padding included. `num_workers` processes prepare samples while the device computes; 0 prepares
     in line. Links in the image folder may lead to `extra_roots`.
@@ -294,7 +293,7 @@ class _Run:
         try:
             with torch.inference_mode():
                 if len(self.signals) > 1:
-                    return compute_together(self.signals, self.proxy, items)
+                    return self.signals[0].compute_together(self.signals, self.proxy, items)
                 return [self.signals[0].compute(self.proxy, items)]
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -58,9 +58,6 @@ class Signal:
     reads_images: ClassVar[bool] = True
     """False: the samples are prepared without their images."""
 
-    shares_pass: ClassVar[bool] = False
-    """True: a `selection.signals.onepass.OnePass`, which can be computed together with others."""
-
     def identity(self) -> dict[str, Any]:
         """What decides the numbers besides proxy and pool."""
         return {"settings": asdict(self), "schema": self.schema}
@@ -99,4 +96,18 @@ class Signal:
 
     def compute(self, proxy: Vlm, items: list[Item]) -> dict[str, np.ndarray]:
         """One array (B, *shape) per column for a batch of B prepared samples."""
+        return self.compute_together([self], proxy, items)[0]
+
+    def pass_over(self) -> Hashable:
+        """Signals that give the same here come out of one pass: `compute_together` takes them.
+
+        No number may depend on which others there are.
+        """
+        return self
+
+    @staticmethod
+    def compute_together(
+        signals: Sequence[Any], proxy: Vlm, items: list[Item]
+    ) -> list[dict[str, np.ndarray]]:
+        """What `compute` gives for each of `signals`."""
         raise NotImplementedError

@@ -17,6 +17,7 @@ model gets an untrained adapter (`selection.backward.fresh_adapter`).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -75,29 +76,56 @@ class Gradients(Signal):
             item = replace(item, extras={**item.extras, "pixel_values": noise})
         return item
 
-    def compute(self, proxy: Vlm, items: list[Prepared]) -> dict[str, np.ndarray]:
+    def pass_over(self) -> tuple:
+        return "gradients", self.image, self.seed, self.rank
+
+    @staticmethod
+    def compute_together(
+        signals: Sequence[Gradients], proxy: Vlm, items: list[Prepared]
+    ) -> list[dict[str, np.ndarray]]:
+        """What each of `signals` computes for `items`, in one forward and backward."""
         with torch.inference_mode(False):
-            sums = torch.zeros(len(items), self.dim, device=proxy.device)
-            squares = torch.zeros(len(items), dtype=torch.float64, device=proxy.device)
-            project = PROJECTIONS[self.projection]
+            folds = [_Fold(signal, proxy, len(items)) for signal in signals]
 
             def use(name: str, gradient: Tensor) -> None:
-                squares.add_(squared_norms(gradient))
-                sums.add_(project(gradient, name, self.dim, self.seed))
+                for fold in folds:
+                    fold.add(name, gradient)
 
-            self.compute_each(proxy, items, use)
-            norm = squares.sqrt().float()
-            found = {"gradient": (sums / norm[:, None]).half(), "norm": norm}
-        return {name: tensor.cpu().numpy() for name, tensor in found.items()}
+            replace(signals[0], kind="sgd").compute_each(proxy, items, use)
+            return [fold.columns() for fold in folds]
 
     def compute_each(self, proxy: Vlm, items: list[Prepared], use: Use) -> None:
         """Call `use` for every matrix, with the gradients of these samples, or Adam's steps."""
-
-        def step(name: str, gradient: Tensor) -> None:
-            use(name, adam_step(gradient, name, proxy.moments))
-
         adapter = proxy.adapter or fresh_adapter(proxy, self.rank, self.seed)
-        sample_gradients(proxy, proxy.collate(items), adapter, step if self.kind == "adam" else use)
+        sample_gradients(
+            proxy,
+            proxy.collate(items),
+            adapter,
+            lambda name, gradient: use(name, self.of(proxy, name, gradient)),
+        )
+
+    def of(self, proxy: Vlm, name: str, gradient: Tensor) -> Tensor:
+        """The gradients of matrix `name`, (B, m, n) float32, or Adam's steps along them."""
+        return adam_step(gradient, name, proxy.moments) if self.kind == "adam" else gradient
+
+
+class _Fold:
+    """Projection and length of a batch's gradients, summed over the matrices."""
+
+    def __init__(self, signal: Gradients, proxy: Vlm, n: int) -> None:
+        self.signal, self.proxy = signal, proxy
+        self.sums = torch.zeros(n, signal.dim, device=proxy.device)
+        self.squares = torch.zeros(n, dtype=torch.float64, device=proxy.device)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        signal, found = self.signal, self.signal.of(self.proxy, name, gradient)
+        self.squares.add_(squared_norms(found))
+        self.sums.add_(PROJECTIONS[signal.projection](found, name, signal.dim, signal.seed))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        norm = self.squares.sqrt().float()
+        found = {"gradient": (self.sums / norm[:, None]).half(), "norm": norm}
+        return {name: tensor.cpu().numpy() for name, tensor in found.items()}
 
 
 def squared_norms(matrices: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -24,7 +24,8 @@ class OnePass(Signal):
     own, and no number depends on which others were.
     """
 
-    shares_pass: ClassVar[bool] = True
+    def pass_over(self) -> str:
+        return "forward"
 
     def prepare(self, proxy: Vlm, sample: Sample) -> Prepared:
         item = proxy.prepare(sample.record, sample.image)
@@ -40,22 +41,19 @@ class OnePass(Signal):
         """The columns, (B, *shape) tensors of any floating dtype."""
         raise NotImplementedError
 
-    def compute(self, proxy: Vlm, items: list[Prepared]) -> dict[str, np.ndarray]:
-        return compute_together([self], proxy, items)[0]
-
-
-def compute_together(
-    signals: Sequence[OnePass], proxy: Vlm, items: list[Prepared]
-) -> list[dict[str, np.ndarray]]:
-    """What each of `signals` computes for `items`, in one forward pass."""
-    batch = proxy.collate(items)
-    with ExitStack() as stack:
-        seen = [stack.enter_context(signal.watching(proxy, batch)) for signal in signals]
-        out = proxy.forward(batch)
-    return [
-        _stored(signal, proxy, signal.read(proxy, batch, out, mine))
-        for signal, mine in zip(signals, seen, strict=True)
-    ]
+    @staticmethod
+    def compute_together(
+        signals: Sequence[OnePass], proxy: Vlm, items: list[Prepared]
+    ) -> list[dict[str, np.ndarray]]:
+        """What each of `signals` computes for `items`, in one forward pass."""
+        batch = proxy.collate(items)
+        with ExitStack() as stack:
+            seen = [stack.enter_context(signal.watching(proxy, batch)) for signal in signals]
+            out = proxy.forward(batch)
+        return [
+            _stored(signal, proxy, signal.read(proxy, batch, out, mine))
+            for signal, mine in zip(signals, seen, strict=True)
+        ]
 
 
 def _stored(signal: OnePass, proxy: Vlm, found: dict[str, Tensor]) -> dict[str, np.ndarray]:

@@ -13,7 +13,8 @@ from tests.extraction import N
 from tests.tiny_models import save_llava, save_pool
 
 ONE_PASS = ["el2n", "perplexity", "length", "semdedup", "self_sup", "coincide", "d2_pruning"]
-METHODS = [*ONE_PASS, "random", "rho_loss", "icons"]
+GRADIENTS = ["icons", "tive"]  # of 5120 and 8192 numbers
+METHODS = [*ONE_PASS, *GRADIENTS, "random", "rho_loss", "less"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,11 @@ def settings(tmp_path_factory):
 def everything(where, settings, tmp_path):
     """The flags of a whole run of `all` and its folder."""
     flags = [*where, "--budget", "0.3", "--store", str(tmp_path / "store")]
+    pool, images = save_pool(tmp_path / "target", 5)
+    targets = tmp_path / "targets.yaml"
+    targets.write_text(f"- {{name: kinds, data: {pool}, images: {images}}}\n")
     own = ["--methods", f"[{','.join(METHODS)}]", "--settings", str(settings)]
+    own += ["--targets", str(targets)]
     return [*flags, *own, "--out", str(tmp_path / "all")], tmp_path / "all"
 
 
@@ -58,20 +63,20 @@ def test_one_pass_one_folder_a_method_and_one_report(
 ):
     argv, out = everything
     main(["all", *argv])
-    assert n_seen() == N
+    assert n_seen() == 2 * N  # forward; forward and backward (the target's samples are copied)
     made = sorted(path.parent.name for path in out.glob("*/manifest.json"))
-    assert made == sorted([*ONE_PASS, "random"])
+    assert made == sorted([*ONE_PASS, *GRADIENTS, "random"])
     printed = capsys.readouterr().out
     assert "not run: rho_loss: --holdout_model is missing" in printed
-    assert "not run: icons: " in printed and "targets" in printed
+    assert "not run: less: " in printed and "moments" in printed
     report = printed.partition("seconds by stage")[2]
-    rows = report.partition("one pass of")[0].splitlines()
+    rows = report.partition("signals of the proxy")[0].splitlines()
     lines = {row.split()[0]: row.split() for row in rows if row.split()}
     assert lines["coincide"][1] == str(round(0.3 * N))
-    assert "share of each source" in report and "one pass of the proxy" in report
+    assert "share of each source" in report
     shared = json.loads((out / "compare" / "compare.json").read_text())
-    assert len(shared["overlap"]) == 8 and np.allclose(np.diag(shared["overlap"]), 1)
-    for name in ("el2n", "coincide"):  # as from a run of its own, with a store of its own
+    assert len(shared["overlap"]) == 10 and np.allclose(np.diag(shared["overlap"]), 1)
+    for name in ("el2n", "coincide", "tive"):  # as from a run of its own, with a store of its own
         alone = tmp_path / f"alone-{name}"
         config = ["--config", str(settings / "coincide.yaml")] if name == "coincide" else []
         flags = [*where, "--budget", "0.3", "--store", str(tmp_path / "other")]

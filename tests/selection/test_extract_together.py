@@ -6,6 +6,7 @@ import pytest
 from selection.extract import extract_together
 from selection.signals.blocks import Blocks
 from selection.signals.forward import Forward
+from selection.signals.gradients import Gradients
 from selection.store import StoreReader, block_path
 from tests.extraction import World
 from tests.faults import snapshot
@@ -55,6 +56,15 @@ def test_one_pass_fills_both_stores_byte_for_byte(world, alone, tmp_path, n_seen
     assert n_seen() == N
     together(world, tmp_path)
     assert n_seen() == N  # both are there
+
+
+def test_gradients_of_several_projections_are_one_pass(world, tmp_path, n_seen):
+    """Other widths and projections: each store as if it had been computed alone."""
+    signals = [Gradients(64, rank=4), Gradients(96, rank=4), Gradients(64, "two_sided", rank=4)]
+    alone = [world.extract(tmp_path / "alone", signal, block_size=6) for signal in signals]
+    assert n_seen() == 3 * N
+    assert_same_files(together(world, tmp_path / "together", signals), alone)
+    assert n_seen() == 4 * N
 
 
 def test_a_store_that_is_complete_is_left_alone(world, alone, tmp_path, n_seen):

@@ -10,7 +10,6 @@ from selection.pool import Pool
 from selection.signals.base import Sample
 from selection.signals.blocks import Blocks, layers_read, prompt_length, unit_blocks
 from selection.signals.forward import Forward
-from selection.signals.onepass import compute_together
 from tests.tiny_models import BUILDERS, save_llava, save_pool
 
 
@@ -94,7 +93,7 @@ def test_together_is_one_pass_with_the_same_bits_and_no_hook_stays(tmp_path):
     proxy.model.base_model.register_forward_hook(lambda *_: passes.append(1))
     items = batch_of(prepared(proxy, tmp_path / "pool", 24))
     with torch.inference_mode():
-        together = compute_together([Forward(), Blocks(), Blocks(1)], proxy, items)
+        together = Forward.compute_together([Forward(), Blocks(), Blocks(1)], proxy, items)
         assert len(passes) == 1
         for signal, found in zip([Forward(), Blocks(), Blocks(1)], together, strict=True):
             alone = signal.compute(proxy, items)
