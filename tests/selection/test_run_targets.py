@@ -77,18 +77,34 @@ def test_icons_is_the_mean_cosine_to_every_task(world, icons):
     assert "chosen by mean rank" in manifest(icons)["notes"][0]
 
 
-def test_a_task_added_later_costs_its_own_samples_only(world, icons, monkeypatch):
-    computed = []
-    original = Gradients.prepare
+@pytest.fixture
+def computed(monkeypatch):
+    """Ids of the samples whose gradients are computed."""
+    seen, original = [], Gradients.prepare
     monkeypatch.setattr(
-        Gradients, "prepare", lambda *a: computed.append(a[2].record.id) or original(*a)
+        Gradients, "prepare", lambda *a: seen.append(a[2].record.id) or original(*a)
     )
+    return seen
+
+
+def test_a_task_added_later_costs_its_own_samples_only(world, icons, computed):
     more = "- {name: more, data: more.json, images: images}"
     targets = write_targets(world, "more.yaml", more)
     out = world.select("more", *SMALL, "--targets", targets, method="icons")
     assert computed == [f"new{i}" for i in range(4)]
     # The product of a row with four directions and with five may round differently.
     np.testing.assert_allclose(influence(out)[:, :2], influence(icons), atol=1e-7)
+
+
+def test_a_pool_that_has_grown_costs_its_new_samples_only(world, icons, computed):
+    records = json.loads(world.pool.read_text())
+    new = [{**record, "id": f"grown{i}"} for i, record in enumerate(records[:3])]
+    path = world.pool.with_name("grown.json")
+    path.write_text(json.dumps(new + records))
+    flags = [*SMALL, "--targets", write_targets(world), "--pool", str(path)]
+    out = world.select("grown", *flags, method="icons")
+    assert computed == ["grown0", "grown1", "grown2"]
+    np.testing.assert_allclose(influence(out)[3:], influence(icons), atol=1e-7)
 
 
 def test_replays_and_is_known_again(world, icons, capsys):

@@ -56,7 +56,10 @@ def test_is_the_mean_cosine_to_each_task(world, items, influence, tmp_path):
     np.testing.assert_allclose(found.column("norm"), norms, rtol=1e-6)
 
 
-def test_no_bit_depends_on_batches(world, influence, tmp_path):
+def test_no_bit_depends_on_batches(world, items, influence, tmp_path):
+    one, five = (influence.compute(world.proxy, [items[1]] * n) for n in (1, 5))
+    for name, column in five.items():
+        assert (column == one[name]).all()
     alone = world.extract(tmp_path / "1", influence, batch_size=1, block_size=12)
     assert_same(alone, world.extract(tmp_path / "8", influence, batch_size=8, block_size=12))
 
