@@ -4,7 +4,7 @@
 #
 #   bash selection.sh                                   the small real world, 30 % by ARDS
 #   bash selection.sh random --budget 0.1               another method, any flag of `python -m selection select METHOD --help`
-#   bash selection.sh all --budget 0.2                  every method that can run, one pass of the proxy, one comparison
+#   bash selection.sh all --budget 0.2                  every method that can run, signals shared, one comparison
 #   bash selection.sh --pool llava_v1_5_mix665k.json --images playground/data --model checkpoints/llava-7b-warmup \
 #     --model-base lmsys/vicuna-7b-v1.5 --budget 0.3 --out outputs/ards30        LLaVA-665K on every GPU of this node
 #   bash selection.sh mllm_selector --pool ...          without --model: first fine-tunes its seed model (MODEL= the base)

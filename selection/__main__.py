@@ -4,7 +4,7 @@ list      the methods, what they read, their presets
 check     every defect of a pool, before a GPU is used
 extract   compute the forward signals of a pool (they are shared by all methods)
 select    choose a subset: python -m selection select METHOD --pool ... --budget 0.3
-all       every method that can run, one pass of the proxy, one comparison
+all       every method that can run, signals shared, one comparison
 compare   what subsets share: python -m selection compare RUN RUN ... [--out DIR]
 verify    check a finished run: hashes, exact subset, versions
 
