@@ -132,6 +132,16 @@ def test_adam_is_the_step_of_one_sample_alone(stepped):
             assert distance < 1e-4, name  # the root enlarges rounding where v is small
 
 
+def test_adams_steps_and_the_gradients_come_out_of_one_backward(stepped):
+    world, signals = stepped[0], [Gradients(64, kind="adam"), Gradients(64)]
+    item = world.proxy.prepare(*_pair(sample(world, 3)))
+    found = Gradients.compute_together(signals, world.proxy, [item])
+    for signal, mine in zip(signals, found, strict=True):
+        for name, array in signal.compute(world.proxy, [item]).items():
+            assert array.tobytes() == mine[name].tobytes()
+    assert found[0]["norm"] != found[1]["norm"]
+
+
 def test_optimizer_state_is_part_of_the_identity(stepped):
     world, rows = stepped[0], np.arange(3)
     adam, plain = (Gradients(kind=kind) for kind in ("adam", "sgd"))
@@ -189,6 +199,15 @@ def test_every_setting_is_part_of_the_identity(adapted):
     made = [Gradients(), *(replace(Gradients(), **change) for change in changes)]
     found = [signal_identity(signal, world.proxy, world.pool, rows) for signal in made]
     assert all(one not in found[:i] for i, one in enumerate(found))
+
+
+def test_what_changes_the_gradient_itself_shares_no_backward():
+    of = [{"dim": 64}, {"projection": "two_sided"}, {"kind": "adam"}]
+    assert {replace(Gradients(), **change).pass_over() for change in of} == {
+        Gradients().pass_over()
+    }
+    for change in ({"image": "noise"}, {"seed": 1}, {"rank": 4}):
+        assert replace(Gradients(), **change).pass_over() != Gradients().pass_over()
 
 
 @pytest.mark.parametrize("change", [{"dim": 0}, {"rank": 0}, {"projection": "count-sketch"}])
