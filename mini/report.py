@@ -6,9 +6,9 @@ subset stands a random one of the same size, drawn by the project's own `random`
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -16,14 +16,14 @@ import numpy as np
 
 from llava.errors import UsageError
 from llava.flags import Parser
-from selection.compare import compare, read_run
+from selection.compare import Chosen, compare_runs, read_run
 from selection.methods.base import Context, stream
 from selection.methods.random import Random
 from selection.pool import Pool
 from selection.tables import print_table
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ReportSettings:
     """What to report on."""
 
@@ -33,7 +33,7 @@ class ReportSettings:
     """seed of the random subset"""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Share:
     """How many samples of pool, subset and random subset carry a label."""
 
@@ -67,9 +67,13 @@ def main(args: Sequence[str]) -> None:
     pool = Pool.open(manifest["pool"]["path"], limit=manifest["pool"]["n"])
     rows = np.loadtxt(run / "subset_rows.txt", dtype=np.int64, ndmin=1)
     drawn = random_rows(pool, len(rows), settings.seed)
-    print_report(run, oracle_shares(pool, rows, drawn), len(pool), rows, drawn)
-    if read_run(run).specialists:
-        compare([str(run)], run / "report")
+    print_report(oracle_shares(pool, rows, drawn), len(pool), rows, drawn)
+    mine = read_run(run)
+    chance = replace(
+        mine, name="random", rows=drawn, scores=_keys(pool, settings.seed), specialists={}
+    )
+    runs = [mine, *_comparable(run, mine), chance]
+    compare_runs({one.name: one for one in runs}, run / "report", {})
 
 
 def newest_run(outputs: Path) -> Path:
@@ -81,11 +85,25 @@ def newest_run(outputs: Path) -> Path:
     return outputs / newest.relative_to(outputs).parts[0]
 
 
+def _comparable(run: Path, mine: Chosen) -> Iterator[Chosen]:
+    """Other runs beside `run` that chose as many samples of the same pool."""
+    for manifest in sorted(run.parent.glob("*/manifest.json")):
+        if manifest.parent.name != run.name:
+            try:
+                other = read_run(manifest.parent)
+            except UsageError:
+                continue  # of an older version, or damaged
+            if other.pool == mine.pool and len(other.rows) == len(mine.rows):
+                yield replace(other, specialists={})
+
+
 def random_rows(pool: Pool, k: int, seed: int) -> np.ndarray:
     """The `k` rows that method `random` chooses with this seed, (k,) ascending."""
-    context, method = Context(pool), Random()
-    scored = method.score(context, stream(seed, Random.name, "score"))
-    return method.select(context, scored.scores, k)
+    return Random().select(Context(pool), _keys(pool, seed), k)
+
+
+def _keys(pool: Pool, seed: int) -> np.ndarray:
+    return Random().score(Context(pool), stream(seed, Random.name, "score")).scores
 
 
 def oracle_shares(pool: Pool, rows: np.ndarray, drawn: np.ndarray) -> list[Share]:
@@ -111,9 +129,7 @@ def oracle_shares(pool: Pool, rows: np.ndarray, drawn: np.ndarray) -> list[Share
     ]
 
 
-def print_report(
-    run: Path, shares: list[Share], n: int, rows: np.ndarray, drawn: np.ndarray
-) -> None:
+def print_report(shares: list[Share], n: int, rows: np.ndarray, drawn: np.ndarray) -> None:
     """The shares as a table, and the overlap of the two subsets."""
     headings = ("oracle label", "pool", "share", "subset", "share", "random", "share")
     sizes = (n, len(rows), len(drawn))

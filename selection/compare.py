@@ -97,33 +97,37 @@ def compare(folders: Sequence[str], out: str | Path) -> None:
     for run, folder in zip(runs, folders, strict=True):
         if run.pool != runs[0].pool:
             raise UsageError(f"{folder}: chosen from another pool than {folders[0]}")
-    out = Path(out)
-    files.make_folder(out)
     names = _distinct([run.name for run in runs], folders)
-    facts: dict[str, object] = {"runs": dict(zip(names, map(str, folders), strict=True))}
+    told = {"runs": dict(zip(names, map(str, folders), strict=True))}
+    compare_runs(dict(zip(names, runs, strict=True)), Path(out), told)
+
+
+def compare_runs(runs: Mapping[str, Chosen], out: Path, told: Mapping[str, object]) -> None:
+    """`compare` of runs of one pool that are read already; `told` goes into compare.json too."""
+    files.make_folder(out)
+    names, facts = list(runs), dict(told)
     if len(runs) > 1:
-        rows = [run.rows for run in runs]
-        shared, agree = overlaps(rows, rows), rank_correlations([run.scores for run in runs])
+        rows = [run.rows for run in runs.values()]
+        shared = overlaps(rows, rows)
+        agree = rank_correlations([run.scores for run in runs.values()])
         facts |= {"overlap": shared.tolist(), "rank_correlation": _plain(agree)}
         _print("share of the row's subset that the column's has too", names, shared, "{:.1%}")
         _print("rank correlation of the scores", names, agree, "{:+.2f}")
         _write(out / "overlap.png", picture_of_runs(names, shared, agree))
-    for name, run in zip(names, runs, strict=True):
+    for name, run in runs.items():
         if run.specialists:
-            tasks, mine = list(run.specialists), list(run.specialists.values())
-            among, kept = overlaps(mine, mine), overlaps(mine, [run.rows])[:, 0]
-            facts[f"specialists of {name}"] = {
-                "tasks": tasks,
-                "overlap": among.tolist(),
-                "in_subset": kept.tolist(),
-            }
-            title = f"{name}: share of the specialists that the subset has"
-            print_table(title, ["", ""], zip(tasks, map("{:.1%}".format, kept), strict=True))
-            _write(
-                out / f"specialists-{name}.png", picture_of_specialists(name, tasks, among, kept)
-            )
+            facts[f"specialists of {name}"] = _compare_specialists(name, run, out)
     files.atomic_write(out / "compare.json", json.dumps(facts, indent=1).encode())
     print(f"{out}: compare.json and pictures")
+
+
+def _compare_specialists(name: str, run: Chosen, out: Path) -> dict[str, object]:
+    tasks, mine = list(run.specialists), list(run.specialists.values())
+    among, kept = overlaps(mine, mine), overlaps(mine, [run.rows])[:, 0]
+    title = f"{name}: share of the specialists that the subset has"
+    print_table(title, ["", ""], zip(tasks, map("{:.1%}".format, kept), strict=True))
+    _write(out / f"specialists-{name}.png", picture_of_specialists(name, tasks, among, kept))
+    return {"tasks": tasks, "overlap": among.tolist(), "in_subset": kept.tolist()}
 
 
 def picture_of_runs(names: Sequence[str], shared: np.ndarray, agree: np.ndarray) -> Figure:

@@ -8,6 +8,7 @@ import re
 import numpy as np
 
 from mini.report import Share, main, newest_run, oracle_shares, random_rows
+from selection.__main__ import main as select
 from selection.pool import Pool
 
 
@@ -74,3 +75,24 @@ def test_a_folder_of_runs_is_compared_by_label(tmp_path, capsys):
     noisy = sum(label["noisy"] for label in labels) / 60
     shares = {line[0]: line[headings.index("noisy")] for line in lines}
     assert shares["pool"] == shares["second"] == f"{noisy:.1%}" and "first" in shares
+
+
+def test_a_run_is_held_against_random_and_the_runs_beside_it(tmp_path, capsys):
+    """Of the same pool and size; others are left out, damaged ones too."""
+    pool, _ = write(tmp_path)
+    outputs = tmp_path / "outputs"
+    asked = {"mine": ("0.2", "0"), "like": ("0.2", "1"), "larger": ("0.5", "0")}
+    for name, (budget, seed) in asked.items():
+        flags = ["--pool", str(pool), "--budget", budget, "--seed", seed]
+        select(["select", "random", *flags, "--out", str(outputs / name)])
+    (outputs / "damaged").mkdir()
+    (outputs / "damaged" / "manifest.json").write_text("{")
+    main(["--run", str(outputs / "mine")])
+    found = json.loads((outputs / "mine/report/compare.json").read_text())
+    mine, like = (
+        np.loadtxt(outputs / name / "subset_rows.txt", dtype=int) for name in ("mine", "like")
+    )
+    common = len(np.intersect1d(mine, like)) / 12
+    assert found["overlap"] == [[1, common, 1], [common, 1, common], [1, common, 1]]
+    assert (outputs / "mine/report/overlap.png").read_bytes().startswith(b"\x89PNG")
+    assert "2 like" in capsys.readouterr().out
