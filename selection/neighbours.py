@@ -1,13 +1,15 @@
-"""The nearest neighbours of every stored vector, without a table of all pairs.
+"""The nearest neighbours of stored vectors, without a table of all pairs.
 
 Up to `EXACT` vectors every pair is compared. Above, vectors are put into cells of about `CELL` by
-spherical k-means and compared with those of the `n_probe` nearest cells: time grows with the
-number of vectors, and nearly all of the true neighbours are found (docs/Performance.md).
+spherical k-means and compared with those of the `n_probe` nearest cells, which hold nearly all of
+the true neighbours (docs/methods/d2_pruning.md). For n vectors there are n / `CELL` cells, but at
+most the root of n, so that no step takes time quadratic in n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import faiss
@@ -23,96 +25,112 @@ if TYPE_CHECKING:
 EXACT = 2**16
 CELL = 1024
 N_ITER = 10
+_QUERIES = 2048  # rows that are compared with others at a time
 _CANDIDATES = 8192  # rows that are read at a time
-_BYTES = 2**26
 
 
-def nearest_neighbours(
-    reader: StoreReader,
-    names: Sequence[str],
-    usable: np.ndarray,
-    keys: np.ndarray,
-    k: int,
-    n_probe: int,
-    normalize: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` nearest others of each `usable` (n,) bool store row, nearest first.
+class Neighbours:
+    """Finds the nearest of the `usable` (n,) bool store rows by Euclidean distance.
 
-    Returns their store rows (n, k) int64, -1 where there are not as many, and squared Euclidean
-    distances (n, k) float32, inf there. `normalize` brings vectors to length one before, so that a
-    distance is 2 - 2 cosine. `keys` (n,) decide which vectors the cells are fitted on; `n_probe`
-    0 compares every pair whatever the size.
+    `normalize` brings vectors to length one before, so that a squared distance is 2 - 2 cosine.
+    `keys` (n,) decide which vectors the cells are fitted on; `n_probe` 0 compares every pair
+    whatever the size.
     """
-    ids = np.full((len(usable), k), -1)
-    distances = np.full((len(usable), k), np.inf, np.float32)
-    for rows, candidates in _cells(reader, names, usable, keys, n_probe):
-        queries = _take(reader, names, rows, normalize)
-        ids[rows], distances[rows] = _search(reader, names, rows, queries, candidates, k, normalize)
-    return ids, distances
 
+    def __init__(
+        self,
+        reader: StoreReader,
+        names: Sequence[str],
+        usable: np.ndarray,
+        keys: np.ndarray,
+        n_probe: int,
+        normalize: bool,
+    ) -> None:
+        self._reader, self._names, self._normalize = reader, names, normalize
+        self._n_probe = n_probe
+        n = int(np.count_nonzero(usable))
+        n_cells = min(n // CELL, math.isqrt(n))
+        if n_probe == 0 or n <= EXACT or n_probe >= n_cells:
+            self.cells = np.where(usable, 0, -1)
+            self._centroids = np.zeros((1, 1), np.float32)
+        else:
+            groups = np.where(usable, 0, -1)
+            made = cluster_groups(reader, names, groups, keys, n_cells, N_ITER)
+            self.cells, self._centroids = made.labels, made.centroids
+        order = np.argsort(self.cells, kind="stable")
+        bounds = np.searchsorted(self.cells[order], np.arange(len(self._centroids)))
+        self._members = np.split(order, bounds)[1:]
 
-def _cells(
-    reader: StoreReader, names: Sequence[str], usable: np.ndarray, keys: np.ndarray, n_probe: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of each cell, and the rows to compare them with, ascending."""
-    everything = np.flatnonzero(usable)
-    n_cells = len(everything) // CELL
-    if n_probe == 0 or len(everything) <= EXACT or n_probe >= n_cells:
-        for start in range(0, len(everything), CELL):
-            yield everything[start : start + CELL], everything
-        return
-    made = cluster_groups(reader, names, np.where(usable, 0, -1), keys, n_cells, N_ITER)
-    order = np.argsort(made.labels, kind="stable")
-    cells = np.split(order, np.searchsorted(made.labels[order], np.arange(len(made.centroids))))[1:]
-    near = torch.from_numpy(made.centroids @ made.centroids.T).topk(n_probe, dim=1).indices
-    for rows, probed in zip(cells, near.tolist(), strict=True):
-        for start in range(0, len(rows), 2 * CELL):  # a cell may be much larger than the others
-            yield (
-                rows[start : start + 2 * CELL],
-                np.sort(np.concatenate([cells[i] for i in probed])),
-            )
+    def nearest(self, rows: np.ndarray, among: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `k` nearest others of each of `rows` (m,) where `among` (n,) bool, nearest first.
 
+        Returns their store rows (m, k) int64, -1 where there are not as many, and squared distances
+        (m, k) float32, inf there. Where fewer than k are to be had in the `n_probe` nearest cells,
+        further cells are searched. A row in no cell has no neighbours.
+        """
+        ids = np.full((len(rows), k), -1)
+        squares = np.full((len(rows), k), np.inf, np.float32)
+        homes = self.cells[rows]
+        for cell in np.unique(homes[homes >= 0]):
+            candidates = self._candidates(int(cell), among, k)
+            mine = np.flatnonzero(homes == cell)
+            for start in range(0, len(mine), _QUERIES):
+                part = mine[start : start + _QUERIES]
+                ids[part], squares[part] = self._search(rows[part], candidates, k)
+        return ids, squares
 
-def _search(
-    reader: StoreReader,
-    names: Sequence[str],
-    rows: np.ndarray,
-    queries: torch.Tensor,
-    candidates: np.ndarray,
-    k: int,
-    normalize: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest `candidates` (c,) of each of `queries` (q, D), which are rows `rows` (q,)."""
-    ids = torch.full((len(rows), k), -1)
-    distances = torch.full((len(rows), k), torch.inf)
-    for start in range(0, len(candidates), _CANDIDATES):
-        part = candidates[start : start + _CANDIDATES]
-        found = _nearest(rows, queries, part, _take(reader, names, part, normalize), k)
-        distances = torch.cat([distances, found[1]], dim=1)
-        ids = torch.cat([ids, found[0]], dim=1)
-        distances, order = distances.sort(dim=1, stable=True)
-        distances, ids = distances[:, :k], ids.gather(1, order[:, :k])
-    return ids.numpy(), distances.numpy()
+    def _candidates(self, cell: int, among: np.ndarray, k: int) -> np.ndarray:
+        """Rows of the cells nearest to `cell` where `among`, ascending."""
+        found, n = [], 0
+        near = np.argsort(-(self._centroids @ self._centroids[cell]), kind="stable")
+        for place, other in enumerate(near):
+            if place >= self._n_probe and n > k:
+                break
+            members = self._members[other]
+            found.append(members[among[members]])
+            n += len(found[-1])
+        return np.sort(np.concatenate(found))
+
+    def _search(
+        self, rows: np.ndarray, candidates: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The `k` nearest of `candidates` (c,) to each of `rows` (q,), and squared distances."""
+        queries = self._take(rows)
+        ids, squares = torch.full((len(rows), k), -1), torch.full((len(rows), k), torch.inf)
+        for start in range(0, len(candidates), _CANDIDATES):
+            part = candidates[start : start + _CANDIDATES]
+            found = _nearest(rows, queries, part, self._take(part), k)
+            ids, squares = (torch.cat(x, dim=1) for x in zip((ids, squares), found, strict=True))
+            squares, order = squares.sort(dim=1, stable=True)
+            squares, ids = squares[:, :k], ids.gather(1, order[:, :k])
+        return ids.numpy(), squares.numpy()
+
+    def _take(self, rows: np.ndarray) -> torch.Tensor:
+        vectors = stream.take(self._reader, self._names, rows)
+        return stream.unit(vectors) if self._normalize else vectors
 
 
 def _nearest(
     rows: np.ndarray, queries: torch.Tensor, others: np.ndarray, vectors: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_search`, of `others` (c,) with their `vectors` (c, D); up to k + 1, not in order."""
-    _, places = faiss.knn(queries.numpy(), vectors.numpy(), min(k + 1, len(others)))
-    found = torch.from_numpy(others[places])  # (q, k + 1), itself among them
-    distances = torch.empty(found.shape)
-    step = max(1, _BYTES // (4 * vectors.shape[1] * found.shape[1]))
-    for start in range(0, len(rows), step):  # by differences: exact where vectors are long
-        part = slice(start, start + step)
-        apart = queries[part, None] - vectors[places[part]]
-        distances[part] = apart.square().sum(dim=2)
+    """Of `others` (c,) with `vectors` (c, D) up to k + 1 near `queries` (q, D), not in order.
+
+    `rows` (q,) are the queries' own; where one finds itself, that is -1 at an infinite distance.
+    """
+    n = min(k + 1, len(others))
+    _, places = faiss.knn(queries.numpy(), vectors.numpy(), n)
+    squares = torch.empty(len(rows), n)
+    # By differences: products round too coarsely where vectors are long. Fused, so that the
+    # q x n x D differences are never written: a thirtieth of the time.
+    faiss.fvec_L2sqr_by_idx(
+        faiss.swig_ptr(squares.numpy()),
+        faiss.swig_ptr(queries.numpy()),
+        faiss.swig_ptr(vectors.numpy()),
+        faiss.swig_ptr(places),
+        queries.shape[1],
+        len(rows),
+        n,
+    )
+    found = torch.from_numpy(others[places])
     itself = found == torch.from_numpy(rows)[:, None]
-    return found.masked_fill(itself, -1), distances.masked_fill(itself, torch.inf)
-
-
-def _take(
-    reader: StoreReader, names: Sequence[str], rows: np.ndarray, normalize: bool
-) -> torch.Tensor:
-    vectors = stream.take(reader, names, rows)
-    return stream.unit(vectors) if normalize else vectors
+    return found.masked_fill(itself, -1), squares.masked_fill(itself, torch.inf)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava.errors import UsageError
-from selection.neighbours import nearest_neighbours
+from selection.neighbours import Neighbours
 from selection.signals.forward import Forward
 
 from .base import Context, Method, Scored
@@ -101,16 +101,10 @@ class D2Pruning(Method):
         reader, settings = context.readers["forward"], self.settings
         rows = reader.rows
         importance = context.values("forward", "aum")[rows]
-        ids, distances = nearest_neighbours(
-            reader,
-            COLUMNS,
-            ~np.isnan(importance),
-            context.keys(rng)[rows],
-            settings.n_neighbours,
-            settings.n_probe,
-            settings.normalize,
-        )
-        squares = np.where(ids >= 0, distances.astype(np.float64), np.inf)
+        usable, keys = ~np.isnan(importance), context.keys(rng)[rows]
+        graph = Neighbours(reader, COLUMNS, usable, keys, settings.n_probe, settings.normalize)
+        ids, squares = graph.nearest(np.arange(len(rows)), usable, settings.n_neighbours)
+        squares = squares.astype(np.float64)
         lifted = forward_messages(importance, ids, _decay(settings.gamma_forward, squares))
         order = selection_order(lifted, ids, _decay(settings.gamma_reverse, squares))
         scores = np.full(len(context.pool), np.nan)

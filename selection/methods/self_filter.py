@@ -10,7 +10,9 @@ Instruction Tuning with Data Selection. Findings of ACL 2024. https://arxiv.org/
     get d_j - d* cos(x, x_j)^2 gamma; and again              selection_order
 
 The released loop sorts all samples twice for every pick. Here a heap holds the difficulties, and
-the nearest samples come from a list made beforehand, or, once that is used up, from one pass.
+the nearest samples come from lists made beforehand. A list that is used up is made anew of the
+samples left, together with those of the other samples of its cell that are nearly used up: samples
+that are alike are also taken one after the other, so that most lists would run out.
 
 Differs from the paper and from the released code: docs/methods/self_filter.md.
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,20 +30,18 @@ from torch import Tensor
 
 from llava.errors import UsageError
 from selection import stream
-from selection.neighbours import nearest_neighbours
+from selection.neighbours import Neighbours
 from selection.signals.clip import DEFAULT, Clip
 from selection.signals.forward import Forward
 
 from .base import Context, Method, Scored
 
-if TYPE_CHECKING:
-    from selection.store import StoreReader
-
 COLUMNS = ("image_features", "text_features")
 LISTED = 64
-"""Neighbours of every sample that are known beforehand."""
+"""Neighbours of every sample that are known."""
+_RENEWED = 1024  # lists that are made anew at a time
 _BUFFER = 2**14
-Search = Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Renew = Callable[[int, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -122,18 +122,19 @@ def selection_order(
     n: int,
     n_penalised: int,
     gamma: float,
-    search: Search,
+    renew: Renew,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """The first `n` rows taken, the difficulties (N,) then, and how often `search` was called.
+    """The first `n` rows taken, the difficulties (N,) then, and how often `renew` was called.
 
-    `ids` (N, k) and `cosines` (N, k) are the nearest neighbours known beforehand, nearest first,
-    -1 for none. `search(row, left)` gives the `n_penalised` nearest of the rows where `left` (N,)
-    bool, and their cosines. Equal difficulties go to the earlier row; NaN is never taken.
+    `ids` (N, k) and `cosines` (N, k) are the nearest neighbours, nearest first, -1 for none.
+    `renew(row, left, difficulties)` gives rows (m,), `row` among them, and the ids (m, k) and
+    cosines (m, k) of the nearest of the rows where `left` (N,) bool; both lists are overwritten
+    there. Equal difficulties go to the earlier row; NaN is never taken.
     """
     current, left = difficulty.copy(), ~np.isnan(difficulty)
     heap = [(-score, row) for row, score in enumerate(current.tolist()) if left[row]]
     heapq.heapify(heap)
-    order, n_searches = [], 0
+    order, n_renewals = [], 0
     while heap and len(order) < n:
         score, row = heapq.heappop(heap)
         if not left[row] or -score != current[row]:
@@ -141,14 +142,30 @@ def selection_order(
         left[row] = False
         order.append(row)
         open_ = (ids[row] >= 0) & left[ids[row]]
+        if np.count_nonzero(open_) < n_penalised and ids[row, -1] >= 0:  # the list was cut
+            renewed, ids_now, cosines_now = renew(row, left, current)
+            ids[renewed], cosines[renewed] = ids_now, cosines_now
+            open_, n_renewals = ids[row] >= 0, n_renewals + 1
         others, near = ids[row][open_][:n_penalised], cosines[row][open_][:n_penalised]
-        if len(others) < n_penalised and ids[row, -1] >= 0:  # the list was cut
-            others, near = search(row, left)
-            n_searches += 1
         current[others] -= current[row] * near.astype(np.float64) ** 2 * gamma
         for other in others.tolist():
             heapq.heappush(heap, (-float(current[other]), other))
-    return np.array(order, np.int64), current, n_searches
+    return np.array(order, np.int64), current, n_renewals
+
+
+def nearly_used(
+    row: int, cells: np.ndarray, ids: np.ndarray, left: np.ndarray, difficulty: np.ndarray
+) -> np.ndarray:
+    """`row`, and rows left in its cell whose list `ids` (N, k) is cut and less than half left.
+
+    Of more than `_RENEWED` the most difficult, which are taken first. `cells` (N,) gives the cell
+    of every row, `left` (N,) bool and `difficulty` (N,) those that are left and their order.
+    """
+    rows = np.flatnonzero((cells == cells[row]) & left)
+    n_open = np.count_nonzero(left[ids[rows]], axis=1)
+    rows = rows[(ids[rows, -1] >= 0) & (n_open < ids.shape[1] / 2)]
+    hardest = np.argsort(-difficulty[rows], kind="stable")[: _RENEWED - 1]
+    return np.concatenate([[row], rows[hardest]])
 
 
 class SelfFilter(Method):
@@ -167,27 +184,31 @@ class SelfFilter(Method):
         settings, reader = self.settings, context.readers["clip"]
         rows, keys = reader.rows, context.keys(rng)
         difficulty = self._difficulty(context, rng)[rows]
-        ids, squares = nearest_neighbours(
-            reader, COLUMNS, ~np.isnan(difficulty), keys[rows], LISTED, settings.n_probe, True
-        )
+        usable = ~np.isnan(difficulty)
+        graph = Neighbours(reader, COLUMNS, usable, keys[rows], settings.n_probe, True)
+        ids, squares = graph.nearest(np.arange(len(rows)), usable, LISTED)
 
-        def search(row: int, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return nearest_left(reader, row, left, settings.n_penalised)
+        def renew(
+            row: int, left: np.ndarray, now: np.ndarray
+        ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            mine = nearly_used(row, graph.cells, ids, left, now)
+            found, apart = graph.nearest(mine, left, LISTED)
+            return mine, found, 1 - apart / 2
 
-        order, after, n_searches = selection_order(
+        order, after, n_renewals = selection_order(
             difficulty,
             ids,
             1 - squares / 2,
             context.k,
             settings.n_penalised,
             settings.gamma,
-            search,
+            renew,
         )
         after[order] = np.nan
         rest = np.argsort(-after, kind="stable")[: np.count_nonzero(~np.isnan(after))]
         taken, scores = np.concatenate([order, rest]), np.full(len(context.pool), np.nan)
         scores[rows[taken]] = -1.0 - np.arange(len(taken))
-        note = f"{n_searches} of {len(order)} choices needed a pass over all samples"
+        note = f"neighbours were searched again {n_renewals} times for {len(order)} choices"
         return Scored(scores, {"difficulty": difficulty}, (note,))
 
     def _difficulty(self, context: Context, rng: np.random.Generator) -> np.ndarray:
@@ -213,19 +234,3 @@ class SelfFilter(Method):
             difficulty[rows[part]] = -found
         difficulty[np.isnan(losses)] = np.nan
         return difficulty
-
-
-def nearest_left(
-    reader: StoreReader, row: int, left: np.ndarray, n: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `n` nearest to `row` of the store rows where `left` (N,) bool, and their cosines.
-
-    Reads the whole store once; equal ones in order.
-    """
-    vector = stream.unit(stream.take(reader, COLUMNS, np.array([row])))[0]
-    cosines = np.empty(len(reader))
-    for part, found in stream.apply(reader, COLUMNS, lambda _, x: stream.cosines(x, vector)):
-        cosines[part] = found
-    candidates = np.flatnonzero(left)
-    nearest = candidates[np.argsort(-cosines[candidates], kind="stable")[:n]]
-    return nearest, cosines[nearest]

@@ -1,10 +1,12 @@
 """Nearest neighbours against all distances in double precision, exact and by cells."""
 
+import math
+
 import numpy as np
 import pytest
 
 from selection import neighbours
-from selection.neighbours import nearest_neighbours
+from selection.neighbours import Neighbours
 from selection.store import Column, StoreReader, StoreWriter
 
 
@@ -15,6 +17,11 @@ def store_of(folder, vectors, block_size=64):
         writer.write_block(i, {"v": vectors[writer.block_rows(i)]})
     writer.finish()
     return StoreReader.open(writer.folder)
+
+
+def nearest_neighbours(reader, names, usable, keys, k, n_probe, normalize):
+    graph = Neighbours(reader, names, usable, keys, n_probe, normalize)
+    return graph.nearest(np.arange(len(usable)), usable, k)
 
 
 def slow(vectors, usable, k, normalize):
@@ -34,10 +41,10 @@ def slow(vectors, usable, k, normalize):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(("candidates", "cell"), [(8192, 1024), (50, 32), (7, 10)])
-def test_small_pools_are_exact(tmp_path, normalize, candidates, cell, monkeypatch):
+@pytest.mark.parametrize(("candidates", "queries"), [(8192, 2048), (50, 32), (7, 10)])
+def test_small_pools_are_exact(tmp_path, normalize, candidates, queries, monkeypatch):
     monkeypatch.setattr(neighbours, "_CANDIDATES", candidates)
-    monkeypatch.setattr(neighbours, "CELL", cell)
+    monkeypatch.setattr(neighbours, "_QUERIES", queries)
     rng = np.random.default_rng(0)
     vectors = (rng.normal(size=(120, 9)) * rng.uniform(1, 9, (120, 1))).astype(np.float32)
     usable = rng.random(120) < 0.9
@@ -90,3 +97,42 @@ def test_cells_find_most_neighbours_and_all_with_all_probed(tmp_path, monkeypatc
         hits = [len(set(a) & set(b)) for a, b in zip(ids[usable], exact[usable], strict=True)]
         recall[n_probe] = np.mean(hits) / 5
     assert recall[1] > 0.6 and recall[4] > 0.95 and recall[0] == 1
+
+
+def test_some_rows_among_some_others(tmp_path):
+    rng = np.random.default_rng(2)
+    vectors = rng.normal(size=(80, 6)).astype(np.float32)
+    usable, among = rng.random(80) < 0.9, rng.random(80) < 0.5
+    graph = Neighbours(store_of(tmp_path, vectors), ["v"], usable, np.arange(80.0), 8, True)
+    rows = np.flatnonzero(usable)[[9, 2, 30]]
+    ids, _ = graph.nearest(rows, among & usable, 4)
+    for row, found in zip(rows, ids, strict=True):
+        mine = among & usable
+        mine[row] = True
+        assert found.tolist() == slow(vectors, mine, 4, True)[0][row].tolist()
+
+
+def test_further_cells_are_searched_where_the_near_ones_are_used_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours, "EXACT", 100)
+    monkeypatch.setattr(neighbours, "CELL", 20)
+    rng = np.random.default_rng(3)
+    vectors = rng.normal(size=(400, 6)).astype(np.float32)
+    graph = Neighbours(
+        store_of(tmp_path, vectors), ["v"], np.ones(400, bool), rng.random(400), 2, True
+    )
+    row, far = 7, np.zeros(400, bool)
+    centroids = np.stack([vectors[graph.cells == c].mean(axis=0) for c in np.unique(graph.cells)])
+    far[np.isin(graph.cells, np.argsort(centroids @ vectors[row])[:3])] = True
+    ids, squares = graph.nearest(np.array([row]), far, 5)
+    assert far[ids[0]].all() and len(set(ids[0].tolist())) == 5 and np.isfinite(squares).all()
+    assert (graph.nearest(np.array([row]), far & (np.arange(400) < 0), 5)[0] == -1).all()
+
+
+def test_cells_grow_in_number_with_the_root_of_a_large_pool(tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours, "EXACT", 50)
+    monkeypatch.setattr(neighbours, "CELL", 2)
+    vectors = np.random.default_rng(4).normal(size=(400, 6)).astype(np.float32)
+    graph = Neighbours(
+        store_of(tmp_path, vectors), ["v"], np.ones(400, bool), np.arange(400.0), 1, True
+    )
+    assert len(np.unique(graph.cells)) <= math.isqrt(400)

@@ -9,9 +9,11 @@ import torch
 
 from llava.errors import UsageError
 from selection.budget import top_k
+from selection.methods import self_filter
 from selection.methods.self_filter import (
     SelfFilter,
     Settings,
+    nearly_used,
     selection_order,
     train_net,
     weighted_loss,
@@ -65,35 +67,54 @@ def slow_order(difficulty, vectors, n, n_penalised, gamma):
     return order, current
 
 
-def lists(vectors, k):
-    """The k nearest others of every row, and a full search."""
-    cosines = vectors @ vectors.T
-    np.fill_diagonal(cosines, -np.inf)
-    ids = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+def lists(vectors, k, every):
+    """The k nearest others of every row, and how to make those lists anew: of the row alone, or of
+    `every` row that is left."""
+    products = vectors @ vectors.T
+    np.fill_diagonal(products, -np.inf)
 
-    def search(row, left):
-        candidates = np.flatnonzero(left)
-        order = np.argsort(-cosines[row, candidates], kind="stable")[:4]
-        return candidates[order], cosines[row, candidates[order]]
+    def of(rows, left):
+        cosines = np.where(left, products[rows], -np.inf)
+        ids = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+        cosines = np.take_along_axis(cosines, ids, axis=1)
+        return np.where(np.isfinite(cosines), ids, -1), cosines
 
-    return ids, np.take_along_axis(cosines, ids, axis=1), search
+    def renew(row, left, difficulty):
+        rows = np.array([row, *np.flatnonzero(left)]) if every else np.array([row])
+        return rows, *of(rows, left)
+
+    return *of(np.arange(len(vectors)), np.ones(len(vectors), bool)), renew
 
 
+@pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("listed", [4, 9, 39])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_heap_takes_what_a_full_resort_takes(listed, seed):
+def test_the_heap_takes_what_a_full_resort_takes(listed, seed, every):
     rng = np.random.default_rng(seed)
     vectors = unit_rows(rng.normal(size=(40, 5)))
     difficulty = rng.normal(size=40).round(1)  # ties, and both signs
     difficulty[[3, 8]] = np.nan
-    ids, cosines, search = lists(vectors, listed)
     for n in (1, 20, 38, 99):
-        order, after, n_searches = selection_order(difficulty, ids, cosines, n, 4, 0.7, search)
+        ids, cosines, renew = lists(vectors, listed, every)
+        order, after, n_renewals = selection_order(difficulty, ids, cosines, n, 4, 0.7, renew)
         slow, left = slow_order(difficulty, vectors, n, 4, 0.7)
         assert order.tolist() == slow
         np.testing.assert_allclose(after[list(left)], list(left.values()), atol=1e-12)
-        assert n > 1 or listed > 4 or n_searches <= 1
-        assert n < 38 or n_searches > 0
+        assert n > 1 or listed > 4 or n_renewals <= 1
+        assert n < 38 or n_renewals > 0
+
+
+def test_lists_that_are_nearly_used_up_are_renewed_with_one_that_is(monkeypatch):
+    monkeypatch.setattr(self_filter, "_RENEWED", 3)
+    left = np.ones(12, bool)
+    left[[0, 1, 2, 3]] = False
+    used = [1, 2, 3, 4]
+    ids = np.array([used] * 12)
+    ids[7] = [1, 8, 9, 10]  # three of four are left
+    ids[8] = [1, 2, 3, -1]  # all there are
+    cells = np.where(np.arange(12) == 11, 1, 0)
+    difficulty = np.arange(12.0)
+    assert nearly_used(0, cells, ids, left, difficulty).tolist() == [0, 10, 9]
 
 
 def run(world, k=45, **settings):
@@ -118,6 +139,17 @@ def test_the_method_is_the_slow_loop_over_its_difficulties(world, difficulty):
     rest = sorted(left, key=lambda row: (-left[row], row))
     assert np.argsort(-scored.scores).tolist() == slow + rest
     assert top_k(scored.scores, 45).rows.tolist() == sorted(slow)
+
+
+@pytest.mark.parametrize("renewed", [1, 5, 1024])
+def test_used_up_lists_do_not_change_the_choice(world, renewed, monkeypatch):
+    monkeypatch.setattr(self_filter, "LISTED", 12)
+    monkeypatch.setattr(self_filter, "_RENEWED", renewed)
+    scored = run(world, 120, net_lr=0.01)
+    slow, _ = slow_order(scored.artefacts["difficulty"], features_of(world), 120, 10, 1.0)
+    assert np.argsort(-scored.scores)[:120].tolist() == slow
+    (note,) = scored.notes
+    assert int(note.split("again ")[1].split()[0]) > 0
 
 
 def test_difficulty_is_minus_the_net_on_unit_features(world):
