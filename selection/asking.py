@@ -15,7 +15,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ import openai
 import tenacity
 import xxhash
 
-from llava.errors import DataError, UsageError, UserError
+from llava.errors import DataError, StorageError, UsageError, UserError
 from llava.files import make_folder, storage_errors
 from llava.progress import Progress
 from selection.judging import Again
@@ -105,31 +105,48 @@ class Cache:
 
     def find(self, key: str) -> Reply | None:
         """What is known of a question; None when it was never sent."""
-        select = "SELECT status, text, tokens_in, tokens_out FROM answers WHERE key = ?"
-        row = self._connection().execute(select, (key,)).fetchone()
-        return None if row is None else Reply(*row)
+        with self._transaction() as connection:
+            select = "SELECT * FROM answers WHERE key = ?"
+            row = connection.execute(select, (key,)).fetchone()
+        if row is None:
+            return None
+        if row[-1] != _seal(row[:-1]):
+            raise self._damaged("an answer in it was changed")
+        return Reply(*row[2:-1])
 
     def put(self, key: str, reply: Reply) -> None:
         """Commit; synced to disk when this returns. Raises StorageError when the disk refuses."""
         values = (key, self._salt, *reply)
-        self._write("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", values)
+        with self._transaction() as connection:
+            statement = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)"
+            connection.execute(statement, (*values, _seal(values)))
 
     def drop(self, key: str) -> None:
         """Take a claim back."""
-        self._write("DELETE FROM answers WHERE key = ?", (key,))
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM answers WHERE key = ?", (key,))
 
     def tokens(self) -> tuple[int, int]:
         """Tokens read and written by this model so far, in all runs with this cache."""
         total = "SELECT COALESCE(SUM(tokens_in), 0), COALESCE(SUM(tokens_out), 0) FROM answers"
-        return self._connection().execute(f"{total} WHERE asked_of = ?", (self._salt,)).fetchone()
+        with self._transaction() as connection:
+            return connection.execute(f"{total} WHERE asked_of = ?", (self._salt,)).fetchone()
 
-    def _write(self, statement: str, values: Sequence[Any]) -> None:
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
         with storage_errors(self.path):
             try:
                 with self._connection() as connection:
-                    connection.execute(statement, values)
+                    yield connection
             except sqlite3.OperationalError as error:
                 raise OSError(None, str(error)) from error
+            except sqlite3.DatabaseError as error:
+                raise self._damaged(str(error)) from error
+
+    def _damaged(self, reason: str) -> StorageError:
+        return StorageError(
+            f"{self.path}: damaged ({reason}); put a copy in its place, or delete it and pay again"
+        )
 
     def _connection(self) -> sqlite3.Connection:
         if getattr(self._local, "pid", None) != os.getpid():  # a fork must not share one
@@ -139,10 +156,15 @@ class Cache:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, asked_of TEXT, "
-                "status TEXT, text TEXT, tokens_in INTEGER, tokens_out INTEGER)"
+                "status TEXT, text TEXT, tokens_in INTEGER, tokens_out INTEGER, seal TEXT)"
             )
             self._local.connection, self._local.pid = connection, os.getpid()
         return self._local.connection
+
+
+def _seal(values: Sequence[Any]) -> str:
+    """Checksum of one row: SQLite keeps none."""
+    return xxhash.xxh3_64_hexdigest("\0".join(map(str, values)).encode())
 
 
 def ask_all(

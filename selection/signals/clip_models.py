@@ -30,10 +30,21 @@ from llava.vlm import pick_device, pick_dtype
 from llava.vlm.base import MIN_ROWS, StableRows
 
 OPEN_CLIP = "open_clip_config.json"
-_FILES = ("*.json", "*.safetensors", "*.bin", "*.pth", "*.model", "*.txt")  # of open_clip
+_FILES = ("*.json", "*.safetensors", "*.bin", "*.pth", "*.model", "*.txt")
 _QUANTUM = 8  # texts are padded to a multiple of so many tokens
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError)
 _BROKEN = (*_UNREADABLE, RuntimeError, TypeError, pickle.UnpicklingError, SafetensorError)
+
+
+def files_content(folder: Path) -> str:
+    """xxh3-128 over all configurations, weights and words in `folder`; reads every byte."""
+    digest = xxhash.xxh3_128()
+    for file in sorted(file for pattern in _FILES for file in folder.glob(pattern)):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 class ClipModel:
@@ -94,6 +105,8 @@ class OpenClipModel:
     Texts have the model's full length: some of these models read the padding, too.
     """
 
+    content = staticmethod(files_content)
+
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
         config, library = _self_contained(path), _open_clip(path)
         try:
@@ -108,17 +121,6 @@ class OpenClipModel:
         self.dtype, self.device = dtype, device
         self.max_length: int = self.tokenizer.context_length
         self.stored_dtype = _stored(dtype)
-
-    @staticmethod
-    def content(path: Path) -> str:
-        """xxh3-128 over configuration, weights and tokenizer; reads every byte."""
-        digest = xxhash.xxh3_128()
-        for file in sorted(file for pattern in _FILES for file in path.glob(pattern)):
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-        return digest.hexdigest()
 
     def identity(self) -> dict[str, Any]:
         """What decides numbers besides the checkpoint, JSON-serialisable."""

@@ -34,6 +34,7 @@ from llava.vlm import pick_device, pick_dtype
 from llava.vlm.base import StableRows
 from selection.signals.base import Sample, Signal
 from selection.signals.clip import text_of
+from selection.signals.clip_models import files_content
 from selection.store import Column
 
 if TYPE_CHECKING:
@@ -200,7 +201,11 @@ class ImageReward(Signal):
     """tokenizer of the text encoder: a directory or a hub name"""
 
     def identity(self) -> dict[str, Any]:
-        return {"weights": file_content(self.weights), "schema": self.schema}
+        content = {
+            "weights": file_content(self.weights),
+            "tokenizer": folder_content(self.tokenizer),
+        }
+        return {**content, "schema": self.schema}
 
     def open_model(
         self, pool: Pool, readers: Mapping[str, StoreReader], dtype: str, device: str
@@ -235,7 +240,9 @@ class ImageReward(Signal):
             for name in ("ids", "mask")
         )
         with StableRows():
-            return {"image_reward": proxy.model(pixels, ids, mask).cpu().numpy()}
+            found = proxy.model(pixels, ids, mask).cpu().numpy()
+        # Here NaN says "does not apply"; one that was computed has to be listed.
+        return {"image_reward": np.where(np.isnan(found), np.float32(np.inf), found)}
 
 
 @lru_cache
@@ -249,3 +256,9 @@ def file_content(path: str) -> str:
     except OSError as error:
         raise UsageError(f"--image_reward {path}: {error.strerror}") from None
     return digest.hexdigest()
+
+
+@lru_cache
+def folder_content(name: str) -> str:
+    """Fingerprint of the files of checkpoint `name`; UsageError when there is none."""
+    return files_content(find_directory(name))

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
-from email.utils import formatdate
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llava.errors import DataError, UsageError, UserError
+from llava.errors import DataError, StorageError, UsageError, UserError, run_main
 from selection import asking
 from selection.pool import Pool
 from selection.ranks import Ranks
@@ -23,6 +28,8 @@ from selection.run import extract_signal
 from selection.settings import PoolSettings, ProxySettings
 from selection.signals.judge import Judge, question_of, score_in
 from selection.store import StoreReader
+from tests.extraction import fork
+from tests.faults import snapshot
 from tests.judges import KEY, judge_server
 
 N = 12
@@ -49,7 +56,7 @@ def ask(pool, tmp_path, monkeypatch):
     # the pauses themselves are tested apart
     monkeypatch.setattr(asking, "_BACK_OFF", lambda state: 0.01)
 
-    def ask(judge, store="store", max_bad=1.0, **settings):
+    def ask(judge, store="store", max_bad=1.0, ranks=None, **settings):
         made = Judge(
             judge_url=judge.url,
             judge_cache=str(tmp_path / "judge.sqlite"),
@@ -57,7 +64,7 @@ def ask(pool, tmp_path, monkeypatch):
         )
         proxy = ProxySettings(store=str(tmp_path / store), device="cpu", max_bad=max_bad)
         where = PoolSettings(str(pool.path))
-        return extract_signal(made, np.arange(N), pool, where, proxy, Ranks())
+        return extract_signal(made, np.arange(N), pool, where, proxy, ranks or Ranks())
 
     return ask
 
@@ -103,12 +110,6 @@ def test_retry_after_is_honoured(ask):
         ask(judge)
     first, second = (t for text, t in judge.times if number(text) == 3)
     assert second - first >= 0.3
-
-
-def test_retry_after_in_each_of_its_forms():
-    assert asking.retry_after("2.5") == 2.5 and asking.retry_after("-1") == 0
-    assert asking.retry_after(None) is None and asking.retry_after("soon") is None
-    assert 8 < asking.retry_after(formatdate(time.time() + 10, usegmt=True)) <= 10
 
 
 BAD = {
@@ -219,7 +220,7 @@ def test_caps_on_requests_and_cost_stop_before_they_are_passed(ask):
 
 def test_concurrency_is_what_was_asked_for(ask):
     with judge_server() as judge:
-        judge.faults = {"sample": [0.05] * N}
+        judge.faults = {"sample": [0.3] * N}
         ask(judge, concurrency=3)
     assert judge.most_busy == 3
 
@@ -247,6 +248,113 @@ def test_a_forecast_sends_nothing_and_says_the_cost(ask, pool, tmp_path):
         assert not judge.asked
 
 
+def test_repetitions_count_as_requests(ask):
+    with judge_server() as judge:
+        judge.faults = {"sample": [BROKEN] * 100}
+        with pytest.raises(UsageError, match="--judge_max_requests 7"):
+            ask(judge, max_requests=7, attempts=5, concurrency=3)
+    assert sum(judge.asked.values()) == 7
+
+
+def test_what_decides_an_answer_is_asked_again_and_the_rest_is_not(ask):
+    with judge_server(by_number) as judge:
+        first = ask(judge)
+        for i, same in enumerate([{"concurrency": 1}, {"timeout": 9.0}, {"prices": (1.0, 1.0)}]):
+            assert ask(judge, store=f"same{i}", **same).fingerprint == first.fingerprint
+        assert sum(judge.asked.values()) == N
+        others = {"model": "x", "temperature": 0.0, "max_tokens": 5, "seed": 1}
+        for i, (name, value) in enumerate(others.items(), 2):
+            assert ask(judge, **{name: value}).fingerprint != first.fingerprint, name
+            assert sum(judge.asked.values()) == i * N, name
+
+
+ANSWERS = {"say": "{}", "mark": "8\n{}", "refuse": (400, {}, "no {}"), "deny": (401, {}, "no {}")}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_a_key_that_the_server_says_back_is_cut_out(ask, tmp_path, answer, capfd):
+    text = answer if isinstance(answer, str) else answer[2]
+    with judge_server(lambda _: text.format(KEY)) as judge:
+        if isinstance(answer, tuple):
+            judge.faults = {"sample": [(*answer[:2], text.format(KEY))] * 100}
+        try:
+            told = str(ask(judge).bad)
+        except UsageError as error:
+            told = str(error)
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert b"***" in told.encode() + b"".join(files)
+    for found in (*files, told.encode(), *(part.encode() for part in capfd.readouterr())):
+        assert KEY.encode() not in found
+
+
+@pytest.mark.parametrize("damage", ["mark", "header", "no file"])
+def test_a_cache_that_is_damaged_or_cannot_be_opened_is_one_line_and_gives_no_mark(
+    ask, tmp_path, damage
+):
+    cache, same = tmp_path / "judge.sqlite", {"concurrency": 1}
+    with judge_server(lambda _: "8") as judge:
+        ask(judge, **same)
+        with closing(sqlite3.connect(cache)) as connection:
+            if damage == "mark":  # what a flipped bit in the right place does
+                update = "UPDATE answers SET text = '9' WHERE key = (SELECT MAX(key) FROM answers)"
+                assert connection.execute(update).rowcount == 1
+                connection.commit()
+            assert connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+        if damage == "header":
+            cache.write_bytes(b"no data base" + cache.read_bytes()[12:])
+        if damage == "no file":  # cannot be opened, not even by root
+            shutil.move(cache, tmp_path / "aside")
+            cache.mkdir()
+        for path in tmp_path.glob("judge.sqlite-*"):
+            path.unlink()
+        with pytest.raises(StorageError, match="judge.sqlite: (damaged|cannot write)") as error:
+            ask(judge, store="another", **same)
+        assert error.value.exit_code == 74 and "\n" not in str(error.value)
+        assert set(judge.asked.values()) == {1} and len(judge.asked) == N
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def test_two_processes_ask_once_and_change_no_byte(ask, tmp_path):
+    with judge_server(by_number) as judge:
+        one = ask(judge).folder
+        for path in tmp_path.glob("judge.sqlite*"):
+            path.unlink()
+        with socket.socket() as found:
+            found.bind(("localhost", 0))
+            port = found.getsockname()[1]
+
+        def work(rank: int) -> None:
+            os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+            ask(judge, store="two", ranks=Ranks(rank, 2))
+
+        pids = [fork(lambda rank=rank: work(rank)) for rank in range(2)]
+        assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    assert snapshot(tmp_path / "two" / one.name) == snapshot(one)
+    assert set(judge.asked.values()) == {2}  # once for each cache
+
+
+def test_without_room_for_an_answer_what_was_committed_is_not_paid_again(ask, tmp_path, capfd):
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, 64 * 1024))
+        try:
+            run_main(lambda: ask(judge, concurrency=3))
+        except SystemExit as end:
+            os._exit(end.code)
+
+    with judge_server(by_number) as judge:
+        status = os.waitstatus_to_exitcode(os.waitpid(fork(limited), 0)[1])
+        said = capfd.readouterr().err
+        assert status == 74 and said.count("error:") == 1 and "Traceback" not in said, said
+        assert "judge.sqlite: cannot write" in said
+        paid = sum(judge.paid.values())
+        assert 0 < paid < N
+        reader = ask(judge, again="doubtful")
+    assert reader.column("llm_score").tolist() == [i % 11 for i in range(N)]
+    assert sum(judge.asked.values()) - N <= 3 < paid  # what was under way, when told to
+
+
 # ---- kills and keys, in real processes -----------------------------------------------------------
 
 
@@ -262,6 +370,13 @@ def worker(pool, store: Path, url: str, *again: str) -> subprocess.Popen:
     )
 
 
+def command_lines() -> Iterator[bytes]:
+    """Of every process of the machine that is still there when it is looked at."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            yield path.read_bytes()
+
+
 def test_killed_in_the_middle_no_question_is_paid_twice_and_the_key_is_nowhere(pool, tmp_path):
     store = tmp_path / "store"
     with judge_server(by_number) as judge:
@@ -269,7 +384,8 @@ def test_killed_in_the_middle_no_question_is_paid_twice_and_the_key_is_nowhere(p
         process = worker(pool, store, judge.url)
         while sum(judge.paid.values()) < 4 and process.poll() is None:
             time.sleep(0.01)
-        cmdline = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        running = list(command_lines())
+        assert any(str(WORKER).encode() in line for line in running)
         os.killpg(process.pid, signal.SIGKILL)
         said = process.communicate()[0]
         time.sleep(0.3)  # what was under way is answered, to nobody
@@ -286,5 +402,5 @@ def test_killed_in_the_middle_no_question_is_paid_twice_and_the_key_is_nowhere(p
     (folder,) = store.glob("judge-*")
     assert StoreReader.open(folder).column("llm_score").tolist() == [i % 11 for i in range(N)]
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    for text in (*files, cmdline, said, second, third):
+    for text in (*files, *running, said, second, third):
         assert KEY.encode() not in text
