@@ -9,9 +9,10 @@
     labels       pivoted QR of the embedding (Damle, Minden and Ying 2019): no restarts, no seed
 
 The result is that of scikit-learn's SpectralClustering(assign_labels="cluster_qr") on the same
-affinity, in time and memory that grow with n k instead of n^2. Equal rows count once, and a part of
-the graph without a way out is linked to the largest one, so that a few repeated samples do not use
-up the clusters. The number of threads changes nothing: only the neighbours use more than one.
+affinity, in memory that grows with n (D + k); of the time only the neighbours' grows with n^2.
+Equal rows count once, and a part of the graph without a way out is linked to the largest one, so
+that a few repeated samples do not use up the clusters. The number of threads changes no label: only
+the neighbours use more than one, each on rows of its own.
 """
 
 from __future__ import annotations
