@@ -87,10 +87,12 @@ def test_a_task_without_a_usable_sample_is_an_error(world):
         world.run(Icons())
 
 
-def test_a_broken_number_is_never_a_missing_vote(world):
-    world.others["gradients"]["gradient"][40] = np.nan
+@pytest.mark.parametrize("method", [Icons(), Less(), Rds()])
+def test_a_broken_number_is_never_a_missing_vote(world, method):
+    for column in (world.others["gradients"]["gradient"], world.forward["last_state"]):
+        column[40] = np.nan
     with pytest.raises(NonFiniteError, match="target task a: .* 1 samples"):
-        world.run(Icons())
+        world.run(method)
 
 
 def test_weights_of_the_targets_are_those_of_the_vote(world):
