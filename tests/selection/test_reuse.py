@@ -109,6 +109,7 @@ def test_what_could_not_be_scored_is_tried_again(extracted, records, world):
     assert [note["row"] for note in reader.bad] == [0]
     again, computed = extracted([*broken, records[6]])
     assert computed == [5] and [note["row"] for note in again.bad] == [0]
+    assert_same(again, extracted([*broken, records[6]], store="fresh")[0])
 
 
 def test_an_unfinished_store_gives_nothing(extracted, records):

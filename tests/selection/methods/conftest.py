@@ -47,7 +47,8 @@ class World:
         for i in writer.missing_blocks():
             mine = writer.block_rows(i)
             bad = [{"row": int(r), "uid": "", "reason": "made up"} for r in mine if r in self.bad]
-            writer.write_block(i, {key: a[mine] for key, a in arrays.items()}, bad)
+            blank = np.isin(mine, self.bad)
+            writer.write_block(i, {k: _blanked(a[mine], blank) for k, a in arrays.items()}, bad)
         writer.finish()
         return StoreReader.open(writer.folder)
 
@@ -105,6 +106,13 @@ class World:
             [int(np.flatnonzero(order == row)[0]) for row in self.bad],
             targets=self.targets,
         )
+
+
+def _blanked(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """A copy with NaN, or 0, in `rows` (n,) bool: what is stored of a sample without numbers."""
+    array = array.copy()
+    array[rows] = np.nan if np.issubdtype(array.dtype, np.floating) else 0
+    return array
 
 
 def make_world(folder: Path, n: int = 150, seed: int = 0, formats=tuple(WORDINGS)) -> World:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from llava.errors import UsageError
 from selection.methods.tive import Settings, Tive, instance_values, quotas, task_values
@@ -85,6 +86,16 @@ def test_hard_tasks_get_more_and_sharp_draws_take_the_typical(world):
         best = mine[np.argsort(-values[mine], kind="stable")][: len(chosen)]
         assert set(best) == set(chosen)
     assert (sources[rows] == "source0").mean() > 0.8
+
+
+def test_draws_are_by_the_softmax_of_the_values(world):
+    """The largest of logits + standard Gumbel numbers are a draw by their softmax."""
+    noise = []
+    for seed in (0, 1):
+        scored = world.run(Tive(), seed)
+        noise.append(scored.scores - 10 * scored.artefacts["instance_values"])
+        assert stats.kstest(noise[-1], "gumbel_r").pvalue > 1e-3
+    assert abs(np.corrcoef(noise)[0, 1]) < 0.33  # four standard errors of 150
 
 
 def test_the_released_q_draws_as_good_as_uniformly(world):
