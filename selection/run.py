@@ -217,6 +217,9 @@ class Selection:
         }
         if own:
             identity["signals"] = own
+        used = {name: s.reads(self._model(name)) for name, s in signals.items() if s.uses_proxy}
+        if read := {name: what for name, what in used.items() if what}:
+            identity["read"] = read
         if others:
             base = self.run.proxy.model_base
             identity["checkpoints"] = {

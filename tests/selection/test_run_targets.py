@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import UsageError
@@ -17,6 +18,7 @@ from selection.__main__ import main
 from selection.compare import overlaps, rank_correlations, read_run
 from selection.signals.gradients import Gradients
 from selection.store import StoreReader
+from tests.lora_models import factors, save_lora
 from tests.selection.test_run import World, subset, write_pool
 from tests.tiny_models import save_llava
 
@@ -191,6 +193,23 @@ def test_less_takes_the_largest_of_all_sub_tasks_over_checkpoints(world):
     scores = read_run(out).scores
     np.testing.assert_array_equal(scores, influence(out).max(axis=1))
     assert set(manifest(out)["signals"]) >= {"gradients_1", "gradients_2 of text"}
+
+
+def test_another_optimizer_state_is_another_run_of_less(world, tmp_path):
+    parameters = list(factors(save_lora(world.model, tmp_path / "lora")).values())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0)
+    flags = [*SMALL, "--targets", write_targets(world), "--model_base", str(world.model)]
+
+    def select(name: str) -> None:
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        torch.save(optimizer.state_dict(), tmp_path / "lora/optimizer.pt")
+        world.select(name, *flags, "--model", str(tmp_path / "lora"), method="less")
+
+    select("moments")
+    with pytest.raises(UsageError, match="read"):
+        select("moments")
 
 
 def test_rds_and_tive_run(world, icons):
