@@ -10,6 +10,7 @@ and is cut out of everything the server says (promises P20 and P21).
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import threading
@@ -34,6 +35,7 @@ from selection.judging import Again
 ASKED, ANSWERED, FAILED = "asked", "answered", "failed"
 CHARACTERS_PER_TOKEN = 3  # English has four; the estimate is meant to be high
 LONGEST_WAIT = 60.0  # seconds between attempts, unless the server names more
+DAY = 86400.0
 DEAD_AFTER = 10  # questions in a row without an answer before the run stops
 _TRANSIENT = (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError)
 _OF_THE_QUESTION = (openai.BadRequestError, openai.UnprocessableEntityError)
@@ -356,14 +358,17 @@ _BACK_OFF = tenacity.wait_random_exponential(multiplier=1, max=LONGEST_WAIT)
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for: a number, or the time until a date."""
-    if value is None:
-        return None
+    """Seconds that a Retry-After header asks for, a number or the time until a date; a day at most.
+
+    None for what is neither.
+    """
     try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time())
-    except ValueError:
+        asked = float(value)
+    except TypeError:
         return None
+    except ValueError:
+        try:
+            asked = parsedate_to_datetime(value).timestamp() - time()
+        except ValueError:
+            return None
+    return min(max(0.0, asked), DAY) if math.isfinite(asked) else None

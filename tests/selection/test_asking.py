@@ -13,6 +13,8 @@ from selection import asking
 def test_retry_after_in_each_of_its_forms():
     assert asking.retry_after("2.5") == 2.5 and asking.retry_after("-1") == 0
     assert asking.retry_after(None) is None and asking.retry_after("soon") is None
+    assert asking.retry_after("inf") is None and asking.retry_after("nan") is None
+    assert asking.retry_after("1e12") == 24 * 3600
     assert 8 < asking.retry_after(formatdate(time.time() + 10, usegmt=True)) <= 10
 
 
