@@ -1,9 +1,9 @@
 """The nearest neighbours of stored vectors, without a table of all pairs.
 
 Up to `EXACT` vectors every pair is compared. Above, vectors are put into cells of about `CELL` by
-spherical k-means and compared with those of the `n_probe` nearest cells, which hold nearly all of
-the true neighbours (docs/methods/d2_pruning.md). For n vectors there are n / `CELL` cells, but at
-most the root of n, so that no step takes time quadratic in n.
+spherical k-means and compared with those of the `n_probe` nearest cells, which hold most of the
+true neighbours (docs/methods/d2_pruning.md says how many). For n vectors there are n / `CELL`
+cells, but at most the root of n, so that no step takes time quadratic in n.
 """
 
 from __future__ import annotations
