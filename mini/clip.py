@@ -27,6 +27,7 @@ from llava.errors import UsageError
 from llava.files import atomic_write, make_folder
 from llava.flags import Parser
 from llava.images import open_image
+from llava.model.weights import quiet_transformers
 from mini.base import SHIPPED
 from selection.pool import Pool
 from selection.signals.clip import distinct_images, image_owner, text_of
@@ -97,6 +98,7 @@ def identity(settings: ClipSettings, pool: Pool) -> dict[str, Any]:
     return {"pool": pool.sha256, "tower": xxhash.xxh3_128_hexdigest(tower), "settings": chosen}
 
 
+@quiet_transformers()
 def make_clip(settings: ClipSettings, pool: Pool) -> float:
     """Train and save; returns how often the last epoch's pictures found their text."""
     rows = np.flatnonzero(pool.has_image)

@@ -202,7 +202,6 @@ def _inodes(folder: Path) -> dict[str, int]:
 
 def main(attention: str | None = None) -> None:
     """Train as the command line says; `attention` is used where it names no other."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     argv, plan = take(sys.argv[1:])
     arguments = parse(argv)
     arguments.model.attn_implementation = arguments.model.attn_implementation or attention
@@ -227,6 +226,7 @@ def program(main: Callable[[], None]) -> None:
     A UserError is one line, said by one process. Any other error is a traceback, which torchrun
     shows again in its summary; processes that only fail because of another's error are silent.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     record(lambda: _spoken(main))()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from llava.errors import RefusedError, UsageError
 from llava.model.checkpoint import fingerprint
-from llava.model.weights import find_directory, read_json
+from llava.model.weights import find_directory, quiet_transformers, read_json
 from llava.vlm import pick_device, pick_dtype
 from llava.vlm.base import MIN_ROWS, StableRows
 
@@ -55,9 +55,10 @@ class ClipModel:
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
         safely = {"local_files_only": True, "trust_remote_code": False}
         try:
-            self.model = transformers.CLIPModel.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, **safely
-            )
+            with quiet_transformers():
+                self.model = transformers.CLIPModel.from_pretrained(
+                    path, dtype=dtype, use_safetensors=True, **safely
+                )
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safely)
             # Never the torchvision-backed one, which gives other pixels.
             self.processor = transformers.CLIPImageProcessorPil.from_pretrained(path, **safely)
