@@ -11,8 +11,8 @@ Instruction Tuning with Data Selection. Findings of ACL 2024. https://arxiv.org/
 
 The released loop sorts all samples twice for every pick. Here a heap holds the difficulties, and
 the nearest samples come from lists made beforehand. A list that is used up is made anew of the
-samples left, together with those of the other samples of its cell that are nearly used up: samples
-that are alike are also taken one after the other, so that most lists would run out.
+samples left, together with those of the other samples of its cell that are nearly used up: where
+many samples are alike, one choice in six needs that once half of the pool is taken.
 
 Differs from the paper and from the released code: docs/methods/self_filter.md.
 """
