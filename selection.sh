@@ -34,6 +34,9 @@ for argument in "$@"; do
   if [ "$previous" = --out ]; then out=$argument; fi
   previous=$argument
 done
+if [ "${method[0]:-all}" != all ] && [ ! -f "selection/methods/${method[0]}.py" ]; then
+  exec "$PYTHON" -m selection select "${method[@]}" # which names those there are
+fi
 defaults=()
 if [ -n "$small_world" ]; then
   world=playground/mini
@@ -58,7 +61,8 @@ if [ -n "$training" ]; then
       if [ -n "$dry" ]; then
         echo "error: --dry_run: ${method[0]} would first train a model; name one with --model" >&2
         exit 2
-      fi ;;
+      fi
+      check_flags "${defaults[@]}" "$@" ;;
   esac
   case "${method[0]:-}" in
     mllm_selector) # its proxy has learnt its seed set

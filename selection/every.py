@@ -29,6 +29,7 @@ from .run import Selection, extract_together_with, open_proxy
 from .settings import PoolSettings, ProxySettings, Run, SelectSettings, parse_select
 from .summary import source_shares
 from .tables import print_table
+from .targets import read_targets
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ def select_all(
     Raises UsageError when none can run.
     """
     ranks, out = Ranks(), _folder(where, select)
+    if every.targets:
+        read_targets(
+            every.targets
+        )  # an error in it is better told now than by the first to read it
     runs, skipped = _runs(out, where, proxy, select, every)
     model = open_proxy(proxy) if proxy.model else None
     seconds = _one_pass(runs.values(), where, proxy, model, ranks)

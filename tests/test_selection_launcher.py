@@ -27,12 +27,14 @@ def select(tmp_path):
     settings = [f"mini/{method}.yaml" for method in ("ards", "coido", "mllm_selector")]
     for name in ("selection.sh", "constraints.txt", "pyproject.toml", *settings):
         shutil.copy(ROOT / name, clone / name)
+    shutil.copytree(ROOT / "selection/methods", clone / "selection/methods")
     python.write_text(
         f"""#!/usr/bin/env bash
 case "$*" in
   "-c import sys; print(sys.prefix)") echo "{tmp_path}" ;;
   "-c import torch; print"*) echo "${{GPUS:-1}}" ;;
   "-m pip "*) ;;
+  *--print_config=*) [[ "$*" != *"$FAILS"* ]] || exit 65 ;;
   "-m "*) echo "${{*:2}}" >>"{record}"; [[ "$*" != *"$FAILS"* ]] || exit 65 ;;
   *) exec "{sys.executable}" "$@" ;;
 esac
@@ -246,6 +248,16 @@ def test_a_dry_run_trains_nothing(select, method):
     assert select(method, "--pool", "p", "--dry_run", code=2) == []
     (line,) = select(method, "--pool", "p", "--model", "m", "--dry_run")
     assert line.endswith("--pool p --model m --dry_run")
+
+
+@pytest.mark.parametrize("method", ["mllm_selector", "icons", "less", "tive", "coido", "all"])
+def test_flags_are_read_before_a_model_is_trained(select, method):
+    flags = ["--pool", "p", "--budgt", "1"]
+    assert select(method, *flags, FAILS="--budgt 1 --print_config", code=65) == []
+
+
+def test_an_unknown_method_prepares_nothing(select):
+    assert select("nonsense", "--budget", "0.1") == ["selection select nonsense"]
 
 
 def test_one_process_a_gpu_and_what_torchrun_is_told(select):

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -106,6 +107,9 @@ class Settings(JudgeSettings):
             raise UsageError("--scorer needs no --trajectory: it is trained already")
         if self.prepare and (self.scorer or self.trajectory):
             raise UsageError("--prepare comes before --scorer and --trajectory: give one of them")
+        for name, path in (("scorer", self.scorer), ("trajectory", self.trajectory)):
+            if path and not Path(path).is_file():
+                raise UsageError(f"--{name} {path}: no such file")
 
 
 @dataclass(frozen=True)

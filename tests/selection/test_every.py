@@ -103,6 +103,7 @@ def test_without_a_proxy_what_needs_none_runs(where, tmp_path, capsys):
         (["--methods", "[rho_loss]"], "--holdout_model is missing"),
         (["--methods", "[random,nonsense]"], "nonsense"),
         (["--methods", "[random]", "--budget", "2.0"], "budget"),
+        (["--methods", "[random]", "--targets", "absent"], "--targets absent"),
     ],
 )
 def test_when_nothing_can_run_the_reason_is_the_error(where, tmp_path, flags, reason):

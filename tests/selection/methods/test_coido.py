@@ -126,8 +126,9 @@ def test_a_trajectory_of_other_samples_is_refused(world, tmp_path):
     Trajectory(uid, np.ones(4, np.float32), np.zeros(4, np.int64)).save(tmp_path / "t")
     with pytest.raises(DataError, match="none of the drawn samples"):
         world.run(made(trajectory=str(tmp_path / "t")))
+    (tmp_path / "other").write_bytes(b"x")
     with pytest.raises(UsageError, match="is no trajectory"):
-        world.run(made(trajectory=str(tmp_path / "absent")))
+        world.run(made(trajectory=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,12 @@ def test_a_judge_is_asked_where_there_is_one():
 def test_settings_that_cannot_be(bad):
     with pytest.raises(UsageError, match=f"--{next(iter(bad))}"):
         made(**bad)
+
+
+@pytest.mark.parametrize("name", ["scorer", "trajectory"])
+def test_a_file_that_is_not_there_is_noticed_before_anything_is_computed(name):
+    with pytest.raises(UsageError, match=f"--{name} absent: no such file"):
+        made(**{name: "absent"})
 
 
 def test_flags_that_contradict_each_other():
