@@ -109,7 +109,7 @@ class D2Pruning(Method):
         order = selection_order(lifted, ids, _decay(settings.gamma_reverse, squares))
         scores = np.full(len(context.pool), np.nan)
         scores[rows[order]] = -1.0 - np.arange(len(order))
-        return Scored(scores)
+        return Scored(scores, {"neighbour_cells": graph.cells})
 
 
 def _decay(gamma: float, squares: np.ndarray) -> np.ndarray:

@@ -209,7 +209,8 @@ class SelfFilter(Method):
         taken, scores = np.concatenate([order, rest]), np.full(len(context.pool), np.nan)
         scores[rows[taken]] = -1.0 - np.arange(len(taken))
         note = f"neighbours were searched again {n_renewals} times for {len(order)} choices"
-        return Scored(scores, {"difficulty": difficulty}, (note,))
+        artefacts = {"difficulty": difficulty, "neighbour_cells": graph.cells}
+        return Scored(scores, artefacts, (note,))
 
     def _difficulty(self, context: Context, rng: np.random.Generator) -> np.ndarray:
         """d_i by pool row, (N,) float64; NaN for a sample that either model cannot score."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llava.errors import UsageError
+from selection import neighbours
 from selection.budget import top_k
 from selection.methods.d2_pruning import D2Pruning, Settings, forward_messages, selection_order
 
@@ -94,6 +95,16 @@ def test_far_apart_embeddings_leave_the_importance_alone(world):
     aum = np.maximum(world.forward["aum"], 1e-7)
     slow = sorted(range(150), key=lambda row: (-aum[row], row))
     assert np.argsort(-scores).tolist() == slow
+
+
+def test_the_cells_of_the_search_are_saved(world, monkeypatch):
+    """Every pair compared: one cell. With cells of about 15, ten of them, by k-means."""
+    whole = world.run(D2Pruning()).artefacts["neighbour_cells"]
+    assert whole.tolist() == [0] * len(world.pool)
+    monkeypatch.setattr(neighbours, "EXACT", 100)
+    monkeypatch.setattr(neighbours, "CELL", 15)
+    cells = world.run(D2Pruning(Settings(n_probe=2))).artefacts["neighbour_cells"]
+    assert set(cells.tolist()) == set(range(10))
 
 
 def test_equal_scores_and_copies_are_decided_by_position(world):
