@@ -77,6 +77,7 @@ def clone(tmp_path: Path) -> Path:
     """The shell part of a clone in which nothing has run yet."""
     folder = tmp_path / "clone"
     shutil.copytree(ROOT / "scripts", folder / "scripts")
+    shutil.copytree(ROOT / "selection/methods", folder / "selection/methods")
     (folder / "mini").mkdir()
     files = ["constraints.txt", "pyproject.toml", *(p.name for p in ROOT.glob("*.sh"))]
     for name in [*files, *(f"mini/{p.name}" for p in (ROOT / "mini").glob("*.yaml"))]:
