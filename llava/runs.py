@@ -21,7 +21,7 @@ def claim_folder(wanted: tuple[Path, bool], identity: Mapping[str, Any]) -> tupl
     run may claim it at the same time.
     """
     folder, force_new = wanted
-    identity = msgspec.to_builtins(identity)
+    identity = json.loads(json.dumps(msgspec.to_builtins(identity)))  # as it will be read again
     number = 1
     while True:
         out = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")

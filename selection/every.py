@@ -57,10 +57,8 @@ def select_all(
     Raises UsageError when none can run.
     """
     ranks, out = Ranks(), _folder(where, select)
-    if every.targets:
-        read_targets(
-            every.targets
-        )  # an error in it is better told now than by the first to read it
+    if every.targets:  # an error in it is told now, not by the first method that reads it
+        read_targets(every.targets)
     runs, skipped = _runs(out, where, proxy, select, every)
     model = open_proxy(proxy) if proxy.model else None
     seconds = _one_pass(runs.values(), where, proxy, model, ranks)

@@ -220,6 +220,10 @@ class Selection:
         used = {name: s.reads(self._model(name)) for name, s in signals.items() if s.uses_proxy}
         if read := {name: what for name, what in used.items() if what}:
             identity["read"] = read
+        if files := self.run.method.files():
+            identity["files"] = {
+                name: export.describe_file(Path(path)) for name, path in files.items()
+            }
         if others:
             base = self.run.proxy.model_base
             identity["checkpoints"] = {

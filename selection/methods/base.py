@@ -141,6 +141,10 @@ class Method:
         by the signal's name; the others are computed with the proxy, `--model`."""
         return {}
 
+    def files(self) -> dict[str, str]:
+        """Files that decide the scores, by setting; with other bytes a run is another run."""
+        return {}
+
     def reads_proxy(self, pool: Pool) -> bool:
         """Whether some signal is computed with the proxy, `--model`."""
         others = self.checkpoints()

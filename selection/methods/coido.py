@@ -107,9 +107,14 @@ class Settings(JudgeSettings):
             raise UsageError("--scorer needs no --trajectory: it is trained already")
         if self.prepare and (self.scorer or self.trajectory):
             raise UsageError("--prepare comes before --scorer and --trajectory: give one of them")
-        for name, path in (("scorer", self.scorer), ("trajectory", self.trajectory)):
-            if path and not Path(path).is_file():
+        for name, path in self.files().items():
+            if not Path(path).is_file():
                 raise UsageError(f"--{name} {path}: no such file")
+
+    def files(self) -> dict[str, str]:
+        """The file of a scorer, or of the losses to train one on, by flag."""
+        named = {"scorer": self.scorer, "trajectory": self.trajectory}
+        return {name: path for name, path in named.items() if path}
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,9 @@ class Coido(Method):
         if self.settings.judge_url:
             found["judge"] = _judge(self.settings)
         return found
+
+    def files(self) -> dict[str, str]:
+        return self.settings.files()
 
     def foreseen(self, pool: Pool) -> dict[str, Request]:
         return self._losses(Context(pool))

@@ -22,3 +22,11 @@ def test_a_folder_of_other_things_is_taken(tmp_path):
     with pytest.raises(UsageError, match="holds no run"):
         claim_folder((tmp_path, False), {"seed": 1})
     assert claim_folder((tmp_path, True), {"seed": 1})[0].name == f"{tmp_path.name}-2"
+
+
+def test_a_run_is_known_again_whatever_its_settings_are_made_of(tmp_path):
+    """Tuples come back from JSON as lists."""
+    settings = {"prices": (0.0, 0.5), "seed": 1, "name": None}
+    (tmp_path / "out").mkdir()
+    for _ in range(2):
+        assert claim_folder((tmp_path / "out", False), settings) == (tmp_path / "out", False)

@@ -147,6 +147,20 @@ def test_decoupled_trains_as_ever_and_its_losses_train_a_scorer(world, coupled):
         assert len(json.loads((Path(place[1]) / "subset.json").read_text())) == 12
 
 
+def test_another_scorer_in_the_same_file_is_another_run(world, coupled, tmp_path):
+    scorer = tmp_path / "scorer.safetensors"
+    scorer.write_bytes((coupled / "scorer.safetensors").read_bytes())
+    flags = [*world.where, *world.flags, "--scorer", str(scorer), "--out", str(tmp_path / "run")]
+    main(["select", "coido", *flags])
+    main(["select", "coido", *flags])  # finished
+    weights = load_file(scorer)
+    assembly = Scorer.load(scorer).assembly
+    Scorer.new("mlp", assembly, seed=5).save(scorer)
+    assert any((load_file(scorer)[name] != weights[name]).any() for name in weights)
+    with pytest.raises(UsageError, match="files.scorer"):
+        main(["select", "coido", *flags])
+
+
 def test_an_interrupted_run_goes_on_to_the_same_scorer(world, coupled):
     whole = world.train("whole", "--save_steps", "2", "--save_strategy", "steps")
     part = world.folder / "part"
