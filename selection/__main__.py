@@ -13,6 +13,7 @@ Each takes --help. docs/Selection.md explains the run folder and the exit codes.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
@@ -144,5 +145,14 @@ def run_verify(argv: list[str]) -> None:
     verify_run(settings.run)
 
 
+def _process() -> None:
+    """`main` as a process of its own, perhaps one of those that torchrun has started."""
+    main()
+    if "WORLD_SIZE" in os.environ:
+        from llava.train.ranks import leave
+
+        leave()
+
+
 if __name__ == "__main__":
-    run_main(main)
+    run_main(_process)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import time
@@ -11,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from transformers.integrations import integration_utils
@@ -228,11 +226,7 @@ def program(main: Callable[[], None]) -> None:
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     record(lambda: _spoken(main))()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        # A group that a trainer's cycles still hold would end its threads while the interpreter
-        # ends: one of some forty two-process runs aborted so after its work was done.
-        gc.collect()
+    ranks.leave()
 
 
 def _spoken(main: Callable[[], None]) -> None:

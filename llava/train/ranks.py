@@ -6,6 +6,7 @@ In a run of one process every function answers for that process alone. All but `
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -23,6 +24,17 @@ _SAID = "llava/errors said"
 def started() -> bool:
     """Whether this process belongs to a group of more than one."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def leave() -> None:
+    """End the process group, if there is one, as the last thing that a process does.
+
+    A group that cycles still hold would end its threads while the interpreter ends: one of some
+    forty runs of two processes aborted so after its work was done.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()
 
 
 def rank() -> int:

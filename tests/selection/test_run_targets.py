@@ -122,13 +122,14 @@ def test_two_processes_choose_what_one_chooses(world, icons):
     flags = [*SMALL, "--targets", write_targets(world), "--block_size", "8"]
     argv = world.argv("two", *flags, method="icons", store="store-two")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, *launch, "-m", "selection", *argv],
-        check=True,
         timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stderr
     assert subset(world.folder / "two") == subset(icons)
 
 
