@@ -24,9 +24,9 @@ if deed.isdigit():
 if deed == "listen":
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
     signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun's, when the other rank has ended
-    os.write(1, b"ready\n")  # at once: both ranks write into one pipe
+    os.write(1, b"ready\\n")  # at once: both ranks write into one pipe
 if deed == "deaf":
-    os.write(1, b"ready\n")  # at once: both ranks write into one pipe
+    os.write(1, b"ready\\n")  # at once: both ranks write into one pipe
 time.sleep(60)
 """
 
