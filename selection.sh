@@ -37,6 +37,8 @@ done
 if [ "${method[0]:-all}" != all ] && [ ! -f "selection/methods/${method[0]}.py" ]; then
   exec "$PYTHON" -m selection select "${method[@]}" # which names those there are
 fi
+verb=(select "${method[@]}")
+if [ "${method[0]:-}" = all ]; then verb=(all); fi
 defaults=()
 if [ -n "$small_world" ]; then
   world=playground/mini
@@ -62,7 +64,8 @@ if [ -n "$training" ]; then
         echo "error: --dry_run: ${method[0]} would first train a model; name one with --model" >&2
         exit 2
       fi
-      check_flags "${defaults[@]}" "$@" ;;
+      # A flag that does not exist is told before hours go into a model.
+      "$PYTHON" -m selection "${verb[@]}" "${defaults[@]}" "$@" --print_config=skip_default >/dev/null ;;
   esac
   case "${method[0]:-}" in
     mllm_selector) # its proxy has learnt its seed set
@@ -93,7 +96,5 @@ if [ "$nproc" -gt 1 ] || [ -n "${TORCHRUN_ARGS:-}" ]; then
 else
   run=("$PYTHON" -m selection)
 fi
-ask=(select "${method[@]}")
-if [ "${method[0]:-}" = all ]; then ask=(all); fi
-"${run[@]}" "${ask[@]}" "${defaults[@]}" "$@"
+"${run[@]}" "${verb[@]}" "${defaults[@]}" "$@"
 if [ -n "$report" ]; then "$PYTHON" -m mini report ${out:+--run "$out"}; fi

@@ -70,7 +70,7 @@ def main(args: Sequence[str]) -> None:
     print_report(oracle_shares(pool, rows, drawn), len(pool), rows, drawn)
     mine = read_run(run)
     chance = replace(
-        mine, name="random", rows=drawn, scores=_keys(pool, settings.seed), specialists={}
+        mine, name="random draw", rows=drawn, scores=_keys(pool, settings.seed), specialists={}
     )
     runs = [mine, *_comparable(run, mine), chance]
     compare_runs({one.name: one for one in runs}, run / "report", {})

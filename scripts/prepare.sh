@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # selection.sh sources it: what a method wants trained on a part of the pool first. MODEL= is what is fine-tuned, as for
 # finetune_lora.sh. The words after the first are the flags that `select` will get. What is finished is not done again.
-# shellcheck disable=SC2034,SC2154  # selection.sh has PYTHON and method, and uses base, trained and scorer
+# shellcheck disable=SC2034,SC2154  # selection.sh has PYTHON, and uses base, trained and scorer
 source scripts/flags.sh
 
 # Sets `where`, the flags that name the pool, its `images` and `name`, and `base`, the model that is fine-tuned.
@@ -16,13 +16,6 @@ read_pool() {
     *playground/mini/pool.json) base=${MODEL:-mini/base/llama} ;;
     *) base=${MODEL:-lmsys/vicuna-${SIZE:-7b}-v1.5} ;;
   esac
-}
-
-# Stops at a flag that "${method[@]}" does not have, before hours go into a model. The words are the flags for `select`.
-check_flags() {
-  local verb=(select "${method[@]}")
-  if [ "${method[0]}" = all ]; then verb=(all); fi
-  "$PYTHON" -m selection "${verb[@]}" "$@" --print_config=skip_default >/dev/null
 }
 
 # Fine-tunes a LoRA on $1 (a fraction or a count) of the pool, drawn with seed $2: `trained`. With `moments` set it is a

@@ -25,7 +25,7 @@ from .compare import compare
 from .extract import check_images
 from .methods import Method, find_methods, get_method
 from .pool import Pool
-from .run import Selection, extract_together_with, open_proxy
+from .run import Selection, default_folder, extract_together_with, open_proxy
 from .settings import PoolSettings, ProxySettings, Run, SelectSettings, parse_select
 from .summary import source_shares
 from .tables import print_table
@@ -56,7 +56,7 @@ def select_all(
     A method whose flags, models or files are missing is left out and named with the reason.
     Raises UsageError when none can run.
     """
-    ranks, out = Ranks(), _folder(where, select)
+    ranks, out = Ranks(), Path(select.out or default_folder("all", where.pool, select.budget))
     if every.targets:  # an error in it is told now, not by the first method that reads it
         read_targets(every.targets)
     runs, skipped = _runs(out, where, proxy, select, every)
@@ -77,14 +77,6 @@ def select_all(
         raise UsageError(next(iter(skipped.values())))
     if ranks.is_first:
         _report(out, finished, skipped, seconds)
-
-
-def _folder(where: PoolSettings, select: SelectSettings) -> Path:
-    if select.out:
-        return Path(select.out)
-    pool = Path(where.pool)
-    label = pool.resolve().parent.name if pool.stem == "pool" else pool.stem
-    return Path("outputs") / f"all-{label}-{select.budget.replace('%', 'pct')}"
 
 
 def _runs(

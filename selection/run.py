@@ -235,18 +235,23 @@ class Selection:
 
     def _wanted_folder(self) -> tuple[Path, bool]:
         """The run folder, and whether one beside it will do: always when the user named none."""
-        settings, pool = self.run.select, Path(self.run.pool.pool)
+        settings = self.run.select
         if settings.out:
             return Path(settings.out), settings.force_new
-        label = pool.resolve().parent.name if pool.stem == "pool" else pool.stem
-        budget = settings.budget.replace("%", "pct")
-        return Path("outputs") / f"{self.run.method.name}-{label}-{budget}", True
+        return default_folder(self.run.method.name, self.run.pool.pool, settings.budget), True
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         started = time.monotonic()
         yield
         self.times[stage] = self.times.get(stage, 0.0) + time.monotonic() - started
+
+
+def default_folder(name: str, pool: str, budget: str) -> Path:
+    """Where a run goes that the user has named no folder for."""
+    path = Path(pool)
+    label = path.resolve().parent.name if path.stem == "pool" else path.stem
+    return Path("outputs") / f"{name}-{label}-{budget.replace('%', 'pct')}"
 
 
 def open_proxy(settings: ProxySettings) -> Vlm:
