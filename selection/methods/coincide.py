@@ -121,16 +121,12 @@ def greedy_mmd(similar: np.ndarray, n: int) -> np.ndarray:
     """
     own, to_cluster = np.diag(similar), similar.mean(axis=0)
     to_picked = np.zeros(len(similar))  # sum over y in Y of K[c, y]
-    within = across = 0.0  # sums over Y of K_YY and of to_cluster
     picked = np.empty(n, np.int64)
     left = np.ones(len(similar), bool)
-    for step in range(n):
+    for step in range(n):  # what all candidates have in common is left out
         size = step + 1
-        spread = (within + 2 * to_picked + own) / size**2
-        distance = spread - 2 * (across + to_cluster) / size
+        distance = (2 * to_picked + own) / size**2 - 2 * to_cluster / size
         best = int(np.where(left, distance, np.inf).argmin())
-        within += 2 * to_picked[best] + own[best]
-        across += to_cluster[best]
         to_picked += similar[best]
         picked[step], left[best] = best, False
     return picked
