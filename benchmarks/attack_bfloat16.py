@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llava.eval.attacks import LETTERS, SYMBOLS, orders
 from llava.eval.engine import Ask, open_engine
 from llava.eval.pictures import Pictures
+from llava.eval.question import LETTERS, SYMBOLS, orders
 from llava.eval.tasks import find_task
 from llava.eval.tasks.base import Item
 from llava.vlm import load_vlm

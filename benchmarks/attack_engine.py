@@ -31,8 +31,8 @@ from PIL import Image
 from small_llava import save_model, single_tokens
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava.eval.attacks import Question, orders
 from llava.eval.engine import Ask, Reply, open_engine
+from llava.eval.question import Question, orders
 from llava.model import checkpoint
 from llava.vlm import LlavaVlm
 

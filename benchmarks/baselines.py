@@ -33,12 +33,12 @@ import numpy as np
 import torch
 from coincide import iteration_seconds
 
-from selection import stream
 from selection.methods import get_method
 from selection.methods.base import Context
-from selection.neighbours import Neighbours
-from selection.pool import Pool
-from selection.store import Column, StoreReader, StoreWriter
+from selection.pool.pool import Pool
+from selection.store.store import Column, StoreReader, StoreWriter
+from selection.vectors import stream
+from selection.vectors.neighbours import Neighbours
 
 METHODS = {
     "semdedup": ("last_state",),

@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.vlm.base import Prepared, Vlm
-from selection.extract import buckets
-from selection.store import DEFAULT_BLOCK_SIZE
+from selection.extract.loop import buckets
+from selection.store.store import DEFAULT_BLOCK_SIZE
 
 VOCABULARY = 1000
 TIMED_BATCH_SIZE = 8
@@ -43,7 +43,7 @@ def make_samples(lengths: Sequence[int]) -> dict[int, Prepared]:
 
 
 def bucketed(samples: dict[int, Prepared], batch_size: int) -> list[list[int]]:
-    """Batches as `selection.extract` makes them, block by block."""
+    """Batches as `selection.extract.loop` makes them, block by block."""
     batches = []
     for start in range(0, len(samples), DEFAULT_BLOCK_SIZE):
         block = {i: x for i, x in samples.items() if start <= i < start + DEFAULT_BLOCK_SIZE}

@@ -36,7 +36,7 @@ from peft import PeftModel
 
 from llava.tokens import IGNORE_INDEX
 from llava.vlm.base import Prepared
-from selection.signals.gradients import Gradients
+from selection.signals.gradients.gradients import Gradients
 
 DIM, BATCH, N_GROUPS = 5120, 8, 6
 SHARED = 0.8  # of a group's tokens

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from llava.images import open_image
-from selection.pool import Pool
+from selection.pool.pool import Pool
 from selection.ranks import Ranks
 from selection.run import extract_signal
 from selection.settings import PoolSettings, ProxySettings

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from coincide import drop_from_cache, seconds, shown
 
-from selection.coido.features import Assembly
-from selection.coido.scorer import Scorer
-from selection.methods.coido import score_pool
-from selection.store import Column, StoreReader, StoreWriter
+from selection.methods.coido.coido import score_pool
+from selection.methods.coido.features import Assembly
+from selection.methods.coido.scorer import Scorer
+from selection.store.store import Column, StoreReader, StoreWriter
 
 BLOCK = 1024
 

@@ -32,7 +32,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from selection.cluster import spherical_kmeans
 from selection.methods.coincide import (
     COLUMNS,
     _densities_and_orders,
@@ -41,7 +40,8 @@ from selection.methods.coincide import (
     transferability,
     water_fill,
 )
-from selection.store import Column, StoreReader, StoreWriter
+from selection.store.store import Column, StoreReader, StoreWriter
+from selection.vectors.kmeans import spherical_kmeans
 
 LLAVA_665K, N_CLUSTERS, N_ITER = 665_298, 10_000, 50
 BLOCK_SIZE = 1024

@@ -8,7 +8,7 @@
     plain     one forward of the decoder that returns its last states and nothing else
     signals   selection.signals.forward: last and attention-weighted state, mean state, answer loss,
               EL2N and AUM, of 60 answer tokens
-    union     these and selection.signals.blocks (five layers), in one pass
+    union     these and selection.signals.attention_means (five layers), in one pass
 
 Random Llama of 12 layers x 1024 (--quick: 6 x 512), float32, one thread. Time is process CPU time,
 the five in turn in one process, the smallest of the repeats; memory is the peak above the weights,
@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llava.data import Record
 from llava.tokens import IGNORE_INDEX
 from llava.vlm.base import Prepared, Vlm
-from selection.signals.blocks import Blocks
+from selection.signals.attention_means import Blocks
 from selection.signals.forward import Forward
 
 LENGTHS = (700, 1500)

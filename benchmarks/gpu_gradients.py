@@ -23,8 +23,8 @@ from transformers import LlavaForConditionalGeneration
 
 from llava.model.lora import LowRank
 from llava.vlm.base import Prepared
-from selection.backward import fresh_adapter, sample_gradients
-from selection.signals.gradients import Gradients
+from selection.signals.gradients.backward import fresh_adapter, sample_gradients
+from selection.signals.gradients.gradients import Gradients
 
 RANK = 128
 

@@ -5,7 +5,7 @@
     authors    as LESS and ICONS do it: one sample at a time, torch.autograd.grad by the LoRA
                matrices, one flat vector, a dense Rademacher projection to 5120; one gradient for
                each generation of the matrix, and beside it sixteen (their kernel's most)
-    ours       selection.signals.gradients, all samples in one batch, count-sketch
+    ours       selection.signals.gradients.gradients, all samples in one batch, count-sketch
     plain      batched forward and backward of the same model that keep no gradient: the LoRA beside
                the weights and frozen, as it was trained
     merged     the same with the LoRA merged: the floor
@@ -35,9 +35,9 @@ from llava.model import lora
 from llava.model.lora import LowRank
 from llava.tokens import IGNORE_INDEX
 from llava.vlm.base import Batch, Prepared, StableRows, Vlm
-from selection.backward import answer_gradient, sample_gradients
-from selection.signals.gradients import Gradients
-from selection.sketch import signs
+from selection.signals.gradients.backward import answer_gradient, sample_gradients
+from selection.signals.gradients.gradients import Gradients
+from selection.signals.gradients.sketch import signs
 
 LENGTH, DIM, COLUMNS, PER_CALL = 690, 5120, 128, 16
 SCALE = 2  # alpha / r

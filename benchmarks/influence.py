@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from score_store import SPARE_BYTES, drop_from_cache, read, seconds
 
-from selection import stream
-from selection.consensus import vote
-from selection.influence import direction, products
-from selection.store import Column, StoreReader, StoreWriter
+from selection.rules.consensus import vote
+from selection.rules.influence import direction, products
+from selection.store.store import Column, StoreReader, StoreWriter
+from selection.vectors import stream
 
 N_TASKS, N_TARGETS, BLOCK_SIZE = 10, 500, 1024
 COLUMN = "gradient"

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from score_store import COLUMNS, read, seconds, write_store
 
-from selection import stream
-from selection.cluster import POINTS_PER_CENTROID, cluster_groups, nearest, spherical_kmeans
+from selection.vectors import stream
+from selection.vectors.kmeans import POINTS_PER_CENTROID, cluster_groups, nearest, spherical_kmeans
 
 
 def lloyd_step(sample: np.ndarray, centroids: np.ndarray) -> np.ndarray:

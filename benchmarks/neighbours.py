@@ -1,4 +1,4 @@
-"""How many of the true nearest neighbours the cells of selection.neighbours find, on real vectors.
+"""How many of the true nearest neighbours cells find, on real vectors.
 
     python benchmarks/neighbours.py STORE COLUMN [COLUMN ...] [--cell 64] [--k 5] [--n_rows 500]
 
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from selection import neighbours
-from selection.neighbours import Neighbours
-from selection.store import StoreReader
+from selection.store.store import StoreReader
+from selection.vectors import neighbours
+from selection.vectors.neighbours import Neighbours
 
 PROBES = (1, 2, 4, 8, 16, 32)
 

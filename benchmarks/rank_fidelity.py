@@ -5,7 +5,7 @@
 
 Takes `--samples` samples of the small world's pool, evenly spaced, and its target tasks (`bash
 selection.sh icons` has built both, and the model), and computes the mean cosine of each sample's
-gradient to each task exactly (selection/signals/influence.py) and from count-sketches of several
+gradient to each task exactly (benchmarks/influence_signal.py) and from count-sketches of several
 dimensions. Prints, for each dimension,
 
     Spearman   rank correlation of the two influences, by task
@@ -27,19 +27,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.influence_signal import ExactInfluence, mean_unit_gradients
 from llava.images import open_image
 from llava.vlm import Vlm, load_vlm
 from llava.vlm.base import Prepared
-from selection.budget import top_k
-from selection.compare import rank_correlations
-from selection.consensus import vote
-from selection.extract import extract
-from selection.influence import direction, products
-from selection.pool import Pool
+from selection.extract.loop import extract
+from selection.output.compare import rank_correlations
+from selection.pool.pool import Pool
+from selection.pool.targets import Target, read_targets
+from selection.rules.budget import top_k
+from selection.rules.consensus import vote
+from selection.rules.influence import direction, products
 from selection.signals.base import Sample
-from selection.signals.gradients import Gradients
-from selection.signals.influence import ExactInfluence, mean_unit_gradients
-from selection.targets import Target, read_targets
+from selection.signals.gradients.gradients import Gradients
 
 SHARE = 0.2
 

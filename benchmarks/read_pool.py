@@ -65,7 +65,7 @@ def make_record(i: int, kind: tuple, words: list[str], rng: random.Random) -> di
 def measure(reader: str, path: str) -> None:
     """Read once in this process; print seconds, CPU seconds and peak bytes as JSON."""
     if reader == "pool":
-        from selection.pool import Pool
+        from selection.pool.pool import Pool
     begun, begun_cpu = time.perf_counter(), time.process_time()
     if reader == "pool":
         content = Pool.open(path)

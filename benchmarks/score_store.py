@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from selection import stream
 from selection.methods.ards import Settings, score_store, subgroup_weights
-from selection.store import Column, StoreReader, StoreWriter
+from selection.store.store import Column, StoreReader, StoreWriter
+from selection.vectors import stream
 
 COLUMNS = ("last_state", "attention_state")
 N_SUBGROUPS, SUBGROUP_SIZE = 60, 50

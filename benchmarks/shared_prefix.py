@@ -3,7 +3,7 @@
     python benchmarks/shared_prefix.py [--quick] [--repeats 3]
 
     apart      a full forward of each version, image included, logits of the answer tokens only
-    together   llava.eval.choices: image and common prefix once, all ends in one batch
+    together   llava.vlm.versions: image and common prefix once, all ends in one batch
 
     pair       a sample and its perturbed copy, 150 text tokens, the last 40 differ
     orders     a sample and 24 orders of its options, 150 text tokens, the last 60 differ
@@ -22,9 +22,9 @@ from collections.abc import Callable
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava.eval.choices import run_together, score
 from llava.tokens import IGNORE_INDEX
 from llava.vlm.base import Prepared
+from llava.vlm.versions import run_together, score
 
 VOCABULARY, IMAGE_ID, N_IMAGE = 32000, 32000, 576
 N_TEXT, N_ANSWER = 150, 2

@@ -64,7 +64,7 @@ def _sum1(weights: np.ndarray) -> np.ndarray:
 
 def ours(rows: np.ndarray) -> np.ndarray:
     """`spectral_clusters`, its parts timed where it calls them."""
-    from selection import spectral
+    from selection.vectors import spectral
 
     for name in PARTS:
         setattr(spectral, name, timed(f"  {name}", getattr(spectral, name)))

@@ -19,13 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from llava.conversation import Template, check_turns
 from llava.errors import DataError, UsageError, run_main
 from llava.images import BadImage, ImageProcessor, open_image, shortened
-from llava.tokens import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-    Encoded,
-    Tokenizer,
-    encode_conversation,
-)
+from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, Tokenizer, encode_conversation
 
 MAX_CHARACTERS = 2_000_000  # of one conversation; about 250 times what LLaVA-1.5 can read
 

@@ -14,7 +14,7 @@ VERBS = {  # verb -> (module with a `main(args)`, what it does)
     "captions": ("mini.captions", "write the pool's captions, which the projector is aligned with"),
     "score": ("mini.score", "accuracy of a checkpoint on the small multiple choice"),
     "report": ("mini.report", "what a selection took and left, by the pool's oracle labels"),
-    "base": ("mini.base", "make the base weights that ship with the project (an hour)"),
+    "base": ("mini.make_base.make", "make the base weights that ship with the project (an hour)"),
     "fixture": ("mini.fixture_set", "make mini/fixture/ again (for maintainers)"),
 }
 

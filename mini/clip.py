@@ -28,8 +28,8 @@ from llava.files import atomic_write, make_folder
 from llava.flags import Parser
 from llava.images import open_image
 from llava.model.weights import quiet_transformers
-from mini.base import SHIPPED
-from selection.pool import Pool
+from mini import SHIPPED
+from selection.pool.pool import Pool
 from selection.signals.clip import distinct_images, image_owner, text_of
 
 MAX_LENGTH = 77

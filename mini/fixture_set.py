@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from mini.concepts import Emoji
-from mini.evalclaims import make_claims, make_printed
-from mini.evalformats import evaluation_files
-from mini.evalitems import Choice, Claim, EvalSets, Exam, Open, Probe
-from mini.evalknowledge import make_facts, make_passages, marks
+from mini.eval.claims import make_claims, make_printed
+from mini.eval.formats import evaluation_files
+from mini.eval.items import Choice, Claim, EvalSets, Exam, Open, Probe
+from mini.eval.knowledge import make_facts, make_passages, marks
 from mini.fetch import default_cache, fetch
 from mini.jsonfiles import json_list
 from mini.pool import write_files

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from llava.errors import DataError
 from llava.files import atomic_write, make_folder, remove, storage_errors, sweep
-from mini.evalformats import evaluation_files
-from mini.evalitems import EvalSets
-from mini.evalsets import make_evalsets
+from mini.eval.formats import evaluation_files
+from mini.eval.items import EvalSets
+from mini.eval.sets import make_evalsets
 from mini.fetch import fetch
 from mini.jsonfiles import json_list
 from mini.packages import PACKAGES

@@ -16,11 +16,11 @@ import numpy as np
 
 from llava.errors import UsageError
 from llava.flags import Parser
-from selection.compare import Chosen, compare_runs, read_run
 from selection.methods.base import Context, stream
 from selection.methods.random import Random
-from selection.pool import Pool
-from selection.tables import print_table
+from selection.output.compare import Chosen, compare_runs, read_run
+from selection.output.tables import print_table
+from selection.pool.pool import Pool
 
 
 @dataclass(frozen=True)

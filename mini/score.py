@@ -16,7 +16,7 @@ import torch
 from llava.errors import UsageError
 from llava.flags import Parser
 from llava.model.checkpoint import Loaded, load
-from mini.base_accuracy import Accuracy, accuracy, load_questions
+from mini.accuracy import Accuracy, accuracy, load_questions
 from mini.build import underscored
 
 # row of the table: (file, folder of its pictures or None for none, symbols), relative to eval/

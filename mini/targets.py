@@ -13,8 +13,8 @@ import yaml
 
 from llava.errors import DataError
 from mini.concepts import Emoji
-from mini.evalformats import json_list
-from mini.evalitems import EvalSets
+from mini.eval.formats import json_list
+from mini.eval.items import EvalSets
 from mini.recipes.emoji import CHOICE, CHOICE_ZH, YES_NO, Names
 from mini.recipes.facts import meaning, wrong_glosses
 from mini.recipes.figures import COUNT, NUMBER, handwritten, herd

@@ -24,9 +24,9 @@ from llava.flags import Parser
 from llava.model.checkpoint import load
 from llava.train.__main__ import train
 from llava.train.arguments import parse
-from mini.base import SHIPPED
-from mini.base_accuracy import accuracy, load_questions
-from selection.pool import Pool
+from mini import SHIPPED
+from mini.accuracy import accuracy, load_questions
+from selection.pool.pool import Pool
 
 
 @dataclasses.dataclass(frozen=True)

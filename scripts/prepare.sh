@@ -47,7 +47,7 @@ co_train() {
   done
   if [ "$base" = mini/base/llama ]; then paper=() batch=; fi
   "$PYTHON" -m selection select coido "$@" --prepare True --budget "$share" --out "$out/samples"
-  DATA=$out/samples/subset.json OUTPUT=$out/model IMAGES=${images:-.} TRAINING=selection.coido.cotrain \
+  DATA=$out/samples/subset.json OUTPUT=$out/model IMAGES=${images:-.} TRAINING=selection.methods.coido.cotrain \
     GLOBAL_BATCH=${GLOBAL_BATCH:-$batch} \
     bash finetune_lora.sh --coido_run "$out/samples" --num_train_epochs 2 "${paper[@]}"
   scorer=$out/model/scorer.safetensors

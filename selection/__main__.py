@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_list(argv: list[str]) -> None:
     """One paragraph a method."""
-    from .methods import find_methods
-    from .settings import parse_plain
+    from selection.methods import find_methods
+    from selection.settings import parse_plain
 
     parse_plain("list", "Show the methods, what they read, their presets.", argv)
     for name, method in find_methods().items():
@@ -45,10 +45,9 @@ def run_list(argv: list[str]) -> None:
 def run_check(argv: list[str]) -> None:
     """Exit 2 when there is a defect."""
     from llava.tokens import load_tokenizer
-
-    from .check import CheckSettings, check_pool, print_defects, write_report
-    from .pool import Pool
-    from .settings import PoolSettings, parse_plain
+    from selection.check import CheckSettings, check_pool, print_defects, write_report
+    from selection.pool.pool import Pool
+    from selection.settings import PoolSettings, parse_plain
 
     about = "Check the records, paths, image headers and, with --tokenizer, labels of a pool."
     (where, settings), _ = parse_plain("check", about, argv, PoolSettings, CheckSettings)
@@ -64,13 +63,12 @@ def run_check(argv: list[str]) -> None:
 
 def run_extract(argv: list[str]) -> None:
     """Compute what is missing of the forward signals and say where they are."""
+    from selection.methods.base import Request
+    from selection.pool.pool import Pool
     from selection.ranks import Ranks
-
-    from .methods.base import Request
-    from .pool import Pool
-    from .run import extract_signal, open_proxy, print_cost
-    from .settings import PlanSettings, PoolSettings, ProxySettings, parse_plain
-    from .signals.forward import Forward
+    from selection.run import extract_signal, open_proxy, print_cost
+    from selection.settings import PlanSettings, PoolSettings, ProxySettings, parse_plain
+    from selection.signals.forward import Forward
 
     about = "Compute the forward signals of a pool; runs of all methods share them through --store."
     groups = (PoolSettings, ProxySettings, PlanSettings)
@@ -90,16 +88,15 @@ def run_extract(argv: list[str]) -> None:
 def run_select(argv: list[str]) -> None:
     """Choose a subset, or print the plan for it."""
     if argv and argv[0] in ("-h", "--help"):
-        from .methods import find_methods
+        from selection.methods import find_methods
 
         names = ", ".join(find_methods())
         print(f"usage: python -m selection select METHOD [flags]\n\nMETHOD: {names}")
         print("`python -m selection select METHOD --help` shows every flag of a method.")
         return
     from selection.ranks import Ranks
-
-    from .run import Selection
-    from .settings import parse_select
+    from selection.run import Selection
+    from selection.settings import parse_select
 
     run = parse_select(argv)
     selection = Selection(run, Ranks())
@@ -112,8 +109,8 @@ def run_select(argv: list[str]) -> None:
 
 def run_all(argv: list[str]) -> None:
     """Choose a subset with every method that can run, and compare them."""
-    from .every import AllSettings, select_all
-    from .settings import PoolSettings, ProxySettings, SelectSettings, parse_plain
+    from selection.all import AllSettings, select_all
+    from selection.settings import PoolSettings, ProxySettings, SelectSettings, parse_plain
 
     about = "Run every method that the given models and files allow, and compare the subsets."
     groups = (PoolSettings, ProxySettings, SelectSettings, AllSettings)
@@ -123,8 +120,8 @@ def run_all(argv: list[str]) -> None:
 
 def run_compare(argv: list[str]) -> None:
     """What the subsets of some runs share, as tables and pictures."""
-    from .compare import CompareSettings, compare
-    from .settings import parse_plain
+    from selection.output.compare import CompareSettings, compare
+    from selection.settings import parse_plain
 
     n_runs = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     about = "What subsets share: python -m selection compare RUN RUN ... [--out DIR]"
@@ -134,8 +131,8 @@ def run_compare(argv: list[str]) -> None:
 
 def run_verify(argv: list[str]) -> None:
     """Check a run folder; exit 74 when it is damaged."""
-    from .settings import VerifySettings, parse_plain
-    from .verify import verify_run
+    from selection.output.verify import verify_run
+    from selection.settings import VerifySettings, parse_plain
 
     if argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]
@@ -149,7 +146,7 @@ def _process() -> None:
     """`main` as a process of its own, perhaps one of those that torchrun has started."""
     main()
     if "WORLD_SIZE" in os.environ:
-        from llava.train.ranks import leave
+        from llava.ranks import leave
 
         leave()
 

@@ -22,9 +22,8 @@ from llava.data import Record, expand_image
 from llava.errors import DataError, UsageError, UserError
 from llava.images import check_image, open_image
 from llava.tokens import IGNORE_INDEX, Tokenizer, encode_conversation
-
-from .pool import Pool
-from .settings import PoolSettings
+from selection.pool.pool import Pool
+from selection.settings import PoolSettings
 
 MAX_IN_FLIGHT = 4096  # records queued to the threads at a time: bounds memory for any pool size
 

@@ -17,18 +17,17 @@ from llava.model.checkpoint import fingerprint
 from llava.runs import claim_folder
 from llava.vlm import load_vlm, pick_device
 from llava.vlm.base import Vlm
+from selection.extract.cost import plan
+from selection.extract.loop import check_images, extract_together
+from selection.methods.base import Context, Request, Task
+from selection.output import folder as export
+from selection.output.summary import print_summary
+from selection.pool.pool import Pool
+from selection.pool.targets import Target, read_targets, title_of
 from selection.ranks import Ranks
-
-from . import export
-from .budget import budget_size
-from .extract import check_images, extract_together
-from .methods.base import Context, Request, Task
-from .plan import plan
-from .pool import Pool
-from .settings import PoolSettings, ProxySettings, Run, dump
-from .store import StoreReader
-from .summary import print_summary
-from .targets import Target, read_targets, title_of
+from selection.rules.budget import budget_size
+from selection.settings import PoolSettings, ProxySettings, Run, dump
+from selection.store.store import StoreReader
 
 SCHEMA = 1
 """Raised when the code chooses other samples for the same settings."""

@@ -12,8 +12,7 @@ from jsonargparse import Namespace
 
 from llava.errors import UsageError
 from llava.flags import Parser, normalised
-
-from .methods import Method, get_method
+from selection.methods import Method, get_method
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from llava.vlm import load_vlm
-from selection.extract import extract
-from selection.pool import Pool
+from selection.extract.loop import extract
+from selection.pool.pool import Pool
 from selection.signals.forward import Forward
 
 N = 40
-WORKER = Path(__file__).parent / "selection" / "extract_worker.py"
+WORKER = Path(__file__).parent / "selection" / "extract" / "extract_worker.py"
 
 
 @dataclass

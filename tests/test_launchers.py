@@ -63,7 +63,7 @@ EVAL = ROOT / EVAL_FOLDER
 EVALUATED = {
     name: name for name in "mmbench mmbench_cn aokvqa mmmu arc_e boolq gqa pope textvqa".split()
 } | {"sqa": "scienceqa", "seed": "seed_bench", "gqa_ood": "gqa", "mme": "MME"}
-TORCHRUN = "-m llava.train.launch --standalone --nproc_per_node {} -m llava.train.train_mem"
+TORCHRUN = "-m llava.launch --standalone --nproc_per_node {} -m llava.train.train_mem"
 
 
 def pairs(words: list[str]) -> dict[str, str]:
@@ -287,7 +287,7 @@ def test_every_benchmark_has_its_launcher():
 @pytest.mark.parametrize(("benchmark", "folder"), EVALUATED.items())
 def test_a_model_is_asked_on_every_gpu(benchmark, folder, launch):
     done = launch(f"{EVAL_FOLDER}/{benchmark}.sh", MODEL="hub/llava-7b", NPROC="8")
-    start = "-m llava.train.launch --standalone --nproc_per_node 8 -m llava.eval run".split()
+    start = "-m llava.launch --standalone --nproc_per_node 8 -m llava.eval run".split()
     assert done.returncode == 0, done.stderr
     (line,) = done.lines
     assert line[: len(start)] == start
@@ -313,7 +313,7 @@ def test_the_caller_decides_what_is_asked(launch):
     assert done.lines[-1] == ["-m", "llava.eval", "run", "--benchmark", "sqa", *words.split()]
     flags = "--nnodes 2 --node_rank 1"
     (line,) = launch(f"{EVAL_FOLDER}/sqa.sh", NPROC="1", TORCHRUN_ARGS=flags, **named).lines
-    assert line[1:8] == ["llava.train.launch", *flags.split(), "--nproc_per_node", "1"]
+    assert line[1:8] == ["llava.launch", *flags.split(), "--nproc_per_node", "1"]
 
 
 def test_nothing_set_asks_the_proxy_and_says_so(launch):

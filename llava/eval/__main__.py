@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 from llava.errors import DataError, run_main
+from llava.eval.answers import Answers, Matched, match, read_answers
+from llava.eval.tasks import find_task
 from llava.flags import read_flags, run_verb
-
-from .answers import Answers, Matched, match, read_answers
-from .tasks import find_task
 
 VERBS = ("run", "score", "attack", "table", "plot")
 
@@ -68,8 +67,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_run(argv: list[str]) -> None:
     """Ask what is missing and print the numbers; of several processes the first prints."""
-    from .report import report
-    from .run import Evaluation, RunSettings, place_in_launch
+    from llava.eval.run import Evaluation, RunSettings, place_in_launch
+    from llava.eval.show.page import report
 
     about = "Ask a model a benchmark's questions, as they are and under attack."
     (settings,) = read_flags("python -m llava.eval run", about, argv, RunSettings)
@@ -81,8 +80,8 @@ def run_run(argv: list[str]) -> None:
 
 def run_score(argv: list[str]) -> None:
     """Print the published numbers of an answer file."""
-    from .records import write_submission
-    from .report import number_lines
+    from llava.eval.records import write_submission
+    from llava.eval.show.page import number_lines
 
     about = "Compute a benchmark's numbers from an answer file alone."
     (settings,) = read_flags("python -m llava.eval score", about, argv, ScoreSettings)
@@ -105,9 +104,9 @@ def run_score(argv: list[str]) -> None:
 
 def run_attack(argv: list[str]) -> None:
     """Print every number under attack, or how another run differs."""
-    from .attacked import collect, compare, summarise
-    from .records import ATTACKS, read_attacks
-    from .report import comparison, report
+    from llava.eval.numbers import collect, compare, summarise
+    from llava.eval.records import ATTACKS, read_attacks
+    from llava.eval.show.page import comparison, report
 
     if argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]
@@ -130,8 +129,8 @@ def run_attack(argv: list[str]) -> None:
 
 def run_table(argv: list[str]) -> None:
     """Print runs side by side."""
-    from .summaries import read_runs_and_flags
-    from .table import TableSettings, join, render
+    from llava.eval.show.runs import read_runs_and_flags
+    from llava.eval.show.table import TableSettings, join, render
 
     about = "Put runs side by side: models by benchmarks."
     runs, settings = read_runs_and_flags("table", about, argv, TableSettings)
@@ -140,8 +139,8 @@ def run_table(argv: list[str]) -> None:
 
 def run_plot(argv: list[str]) -> None:
     """Draw runs and say where the pictures are."""
-    from .plot import PlotSettings, draw
-    from .summaries import read_runs_and_flags
+    from llava.eval.show.plot import PlotSettings, draw
+    from llava.eval.show.runs import read_runs_and_flags
 
     about = "Draw Clean against attacked accuracy, and the positions that were chosen."
     runs, settings = read_runs_and_flags("plot", about, argv, PlotSettings)

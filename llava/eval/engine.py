@@ -27,15 +27,9 @@ from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcess
 from transformers.cache_utils import DynamicLayer
 
 from llava.errors import UsageError
-from llava.eval.prefix import (
-    MAX_TOKENS,
-    can_share,
-    common_prefix,
-    continued,
-    run_prefix,
-)
-from llava.eval.tree import attention_mask, grow, has_one_mask, window_of
 from llava.vlm.base import Prepared, StableRows, Vlm
+from llava.vlm.prefix import MAX_TOKENS, can_share, common_prefix, continued, run_prefix
+from llava.vlm.tree import attention_mask, grow, has_one_mask, window_of
 
 MAX_NEW_TOKENS = 128
 """As LLaVA's model_vqa_loader."""
@@ -309,7 +303,7 @@ class SharedEngine(Engine):
     """Common beginnings once; whole prompts, where there is none, in batches.
 
     Prompts are padded on the left to a function of their own length, so that no answer depends on
-    the batch. Models whose prefix cannot be shared (`llava.eval.prefix.can_share`) get whole
+    the batch. Models whose prefix cannot be shared (`llava.vlm.prefix.can_share`) get whole
     prompts.
     """
 

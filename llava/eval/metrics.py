@@ -1,6 +1,6 @@
 """What is counted of answers under attack: arrays in, arrays or numbers out.
 
-An item is asked in several orders of its options (`llava.eval.attacks.orders`); order 0 is the
+An item is asked in several orders of its options (`llava.eval.question.orders`); order 0 is the
 given one. Items differ in their number of orders, so arrays (I, O) come with `asked` (I, O), true
 where that order was put to the model.
 

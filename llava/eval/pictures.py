@@ -9,10 +9,9 @@ from pathlib import Path
 from PIL.Image import Image
 
 from llava.errors import UsageError
+from llava.eval.tasks.base import Item, Task
+from llava.eval.tasks.rows import folder_of
 from llava.images import BadImage, check_image, decode_image, open_image
-
-from .tasks.base import Item, Task
-from .tasks.rows import folder_of
 
 
 @dataclass(frozen=True)

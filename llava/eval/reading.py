@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .metrics import UNREAD
+from llava.eval.metrics import UNREAD
 
 READINGS = ("exact", "parse", "logit")
 _SENTENCE = re.compile(r"The answer is (\S)\.")

@@ -20,8 +20,7 @@ import xxhash
 
 from llava import files
 from llava.errors import DataError, UsageError
-
-from .tasks.base import Id
+from llava.eval.tasks.base import Id
 
 ATTACKS = "attacks.jsonl"
 ANSWERS = "answers.jsonl"

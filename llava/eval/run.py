@@ -26,18 +26,13 @@ import xxhash
 
 from llava import files
 from llava.errors import UsageError
-from llava.progress import Progress
-from llava.runs import claim_folder
-from llava.vlm import load_vlm
-from llava.vlm.base import Vlm
-
-from . import asking
-from .asking import Plan, Replier
-from .attacked import collect, summarise
-from .attacks import LETTERS
-from .engine import MAX_NEW_TOKENS, Ask, Engine, Reply, open_engine
-from .pictures import Pictures, picture_folder
-from .records import (
+from llava.eval import prompts as asking
+from llava.eval.engine import MAX_NEW_TOKENS, Ask, Engine, Reply, open_engine
+from llava.eval.numbers import collect, summarise
+from llava.eval.pictures import Pictures, picture_folder
+from llava.eval.prompts import Plan, Replier
+from llava.eval.question import LETTERS
+from llava.eval.records import (
     ANSWERS,
     ATTACKS,
     Head,
@@ -49,8 +44,12 @@ from .records import (
     write_attacks,
     write_submission,
 )
-from .tasks import find_task
-from .tasks.base import Item
+from llava.eval.tasks import find_task
+from llava.eval.tasks.base import Item
+from llava.progress import Progress
+from llava.runs import claim_folder
+from llava.vlm import load_vlm
+from llava.vlm.base import Vlm
 
 SCHEMA = 2
 """Raised when the code asks or decodes otherwise for the same settings."""

@@ -8,9 +8,8 @@ import sys
 import torch
 
 from llava.errors import run_main
-
-from .convert import TARGETS, convert, merge
-from .report import as_json, as_text, examine
+from llava.model.convert import TARGETS, convert, merge
+from llava.model.inspection import as_json, as_text, examine
 
 EXAMPLES = """\
 examples:

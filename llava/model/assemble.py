@@ -20,10 +20,8 @@ from transformers import (
 )
 
 from llava.errors import UsageError
-from llava.tokens import load_tokenizer
-
-from .building import build
-from .projector import (
+from llava.model.building import build
+from llava.model.projector import (
     DEFAULT_TYPE,
     check_projector_size,
     fresh_projector,
@@ -31,7 +29,7 @@ from .projector import (
     read_projector,
     type_in,
 )
-from .weights import (
+from llava.model.weights import (
     LANGUAGE,
     PROJECTOR,
     TOWER,
@@ -42,6 +40,7 @@ from .weights import (
     read_json,
     read_weights,
 )
+from llava.tokens import load_tokenizer
 
 EMBEDDING = LANGUAGE + "embed_tokens.weight"
 OUTPUT = "lm_head.weight"

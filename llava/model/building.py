@@ -10,8 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
 
 from llava.errors import UsageError
-
-from .weights import PROJECTOR, State, quiet_transformers
+from llava.model.weights import PROJECTOR, State, quiet_transformers
 
 
 def build(

@@ -12,13 +12,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlavaConfig, PreTrainedMod
 
 from llava.errors import UsageError
 from llava.images import ImageProcessor
-from llava.tokens import Tokenizer, load_tokenizer
-
-from . import lora
-from .assemble import EMBEDDING
-from .building import build, skeleton
-from .projector import llava_class
-from .sources import (
+from llava.model import lora
+from llava.model.assemble import EMBEDDING
+from llava.model.building import build, skeleton
+from llava.model.projector import llava_class
+from llava.model.sources import (
     DEFAULTS,
     PREPROCESSOR,
     PROJECTOR_FILE,
@@ -31,7 +29,8 @@ from .sources import (
     read,
     tokenizer_folder,
 )
-from .weights import LANGUAGE, State, find_directory, read_json, weight_files
+from llava.model.weights import LANGUAGE, State, find_directory, read_json, weight_files
+from llava.tokens import Tokenizer, load_tokenizer
 
 __all__ = ["Kind", "Loaded", "fingerprint", "inspect", "load"]
 

@@ -28,13 +28,12 @@ from safetensors.torch import save_file
 from transformers import LlavaConfig
 
 from llava.errors import StorageError, UsageError
-
-from . import lora
-from .checkpoint import Loaded, outline
-from .export import original_config, save_hf, save_original, save_projector, tower_name
-from .projector import DEFAULT_TYPE, type_in
-from .sources import SETTINGS_FILE, Kind, inspect, settings_in
-from .weights import PROJECTOR, State, find_directory, read_json, write_json, writing
+from llava.model import lora
+from llava.model.checkpoint import Loaded, outline
+from llava.model.export import original_config, save_hf, save_original, save_projector, tower_name
+from llava.model.projector import DEFAULT_TYPE, type_in
+from llava.model.sources import SETTINGS_FILE, Kind, inspect, settings_in
+from llava.model.weights import PROJECTOR, State, find_directory, read_json, write_json, writing
 
 _WHOLE = {"hf": save_hf, "original": save_original, "projector": save_projector}
 _ADAPTERS = ("hf-lora", "lora")

@@ -31,15 +31,14 @@ from transformers import (
 
 from llava.errors import UsageError
 from llava.images import ImageProcessor
-
-from . import lora
-from .assemble import EMBEDDING, OUTPUT
-from .projector import DEFAULT_TYPE, type_of
-from .sources import FEATURES, PREPROCESSOR, PROJECTOR_FILE, SETTINGS_FILE
-from .weights import PROJECTOR, State, classic_name, original_name, write_json, writing
+from llava.model import lora
+from llava.model.assemble import EMBEDDING, OUTPUT
+from llava.model.projector import DEFAULT_TYPE, type_of
+from llava.model.sources import FEATURES, PREPROCESSOR, PROJECTOR_FILE, SETTINGS_FILE
+from llava.model.weights import PROJECTOR, State, classic_name, original_name, write_json, writing
 
 if TYPE_CHECKING:
-    from .checkpoint import Loaded
+    from llava.model.checkpoint import Loaded
 
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 _CLIP_L_336 = {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "patch_size": 14}

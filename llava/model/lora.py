@@ -20,9 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llava.errors import UsageError
-
-from .projector import with_projector
-from .weights import (
+from llava.model.projector import with_projector
+from llava.model.weights import (
     LANGUAGE,
     PROJECTOR,
     State,

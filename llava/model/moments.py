@@ -11,9 +11,8 @@ import torch
 import xxhash
 
 from llava.errors import UsageError
-
-from .lora import LowRank
-from .weights import read_pickle
+from llava.model.lora import LowRank
+from llava.model.weights import read_pickle
 
 OPTIMIZER = "optimizer.pt"
 

@@ -22,8 +22,7 @@ from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 
 from llava.errors import UsageError
-
-from .weights import PROJECTOR, State, canonical_name, read_tensors
+from llava.model.weights import PROJECTOR, State, canonical_name, read_tensors
 
 DEFAULT_TYPE = "mlp2x_gelu"
 

@@ -28,10 +28,8 @@ from transformers import (
 )
 
 from llava.errors import UsageError
-from llava.tokens import load_tokenizer
-
-from . import lora
-from .assemble import (
+from llava.model import lora
+from llava.model.assemble import (
     Parts,
     combine,
     read_language_model,
@@ -39,8 +37,8 @@ from .assemble import (
     read_vision_tower,
     split,
 )
-from .projector import check_projector_size, read_projector, with_projector
-from .weights import (
+from llava.model.projector import check_projector_size, read_projector, with_projector
+from llava.model.weights import (
     HUB_NAME,
     PROJECTOR,
     canonical,
@@ -51,6 +49,7 @@ from .weights import (
     read_weights,
     weight_files,
 )
+from llava.tokens import load_tokenizer
 
 PROJECTOR_FILE = "mm_projector.bin"
 SETTINGS_FILE = "llava.json"

@@ -15,22 +15,22 @@ from transformers import set_seed
 from transformers.integrations import integration_utils
 from transformers.utils.generic import is_flash_attention_requested
 
+from llava import ranks
 from llava.conversation import get_template
 from llava.data import Collator, ConversationDataset, load_records
 from llava.errors import UsageError, UserError
 from llava.model.checkpoint import Loaded
 from llava.model.weights import write_json
 from llava.packing import PackingCollator
-
-from . import checkpoints, quantize, ranks, zero
-from .arguments import Arguments, check_machine, parse
-from .evaluation import is_evaluated
-from .identity import FILE, check_same, identity
-from .interrupt import Interrupt, Preempted, StopAtSignal
-from .plan import take
-from .plan_report import print_plan
-from .stages import Exporter, load_model, prepare
-from .trainer import LlavaTrainer
+from llava.train import checkpoints, quantize, zero
+from llava.train.arguments import Arguments, check_machine, parse
+from llava.train.evaluation import is_evaluated
+from llava.train.identity import FILE, check_same, identity
+from llava.train.interrupt import Interrupt, Preempted, StopAtSignal
+from llava.train.plan.page import print_plan
+from llava.train.plan.plan import take
+from llava.train.stages import Exporter, load_model, prepare
+from llava.train.trainer import LlavaTrainer
 
 
 def make_dataset(

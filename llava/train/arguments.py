@@ -22,8 +22,7 @@ from transformers import HfArgumentParser
 from llava.conversation import get_template
 from llava.errors import UsageError
 from llava.model.projector import layer_prefixes
-
-from . import legacy, zero
+from llava.train import legacy, zero
 
 USAGE = """\
 python -m llava.train --model_name_or_path DIR --data_path FILE --output_dir DIR [flags]

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import xxhash
 
+from llava import ranks
 from llava.errors import RefusedError, StorageError
 from llava.model.weights import write_json
-
-from . import ranks
 
 MARKER = "COMPLETE"
 KEPT_AT_LEAST = 2

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import TrainerState
 
-from . import ranks
-from .interrupt import LeaveSignals
+from llava import ranks
+from llava.train.interrupt import LeaveSignals
 
 
 def held_out_loss(

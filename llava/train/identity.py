@@ -15,12 +15,12 @@ from typing import Any
 
 import transformers
 
+from llava import ranks
 from llava.errors import UsageError
 from llava.model.checkpoint import fingerprint
 from llava.model.weights import read_json
-
-from . import ranks, zero
-from .arguments import Arguments, DataArguments, ModelArguments, TrainingArguments
+from llava.train import zero
+from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments
 
 FILE = "run.json"
 # Of transformers' flags, those that decide the weights; batch sizes enter as their product.

@@ -16,9 +16,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from llava import ranks
 from llava.errors import UserError
-
-from . import ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Launchers and schedulers both pass a signal on: what comes this soon is the first one again.

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from . import zero
+from llava.train import zero
 
 
 class Meter:

@@ -24,9 +24,8 @@ from transformers import PreTrainedModel
 
 from llava.errors import UsageError
 from llava.model import lora
-
-from . import zero
-from .arguments import TrainingArguments
+from llava.train import zero
+from llava.train.arguments import TrainingArguments
 
 INT8_THRESHOLD = 6.0  # activations beyond it are multiplied in 16 bits (LLM.int8(), section 3.2)
 

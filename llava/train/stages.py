@@ -38,9 +38,8 @@ from llava.model.weights import (
     write_json,
     writing,
 )
-
-from . import quantize, zero
-from .arguments import Arguments
+from llava.train import quantize, zero
+from llava.train.arguments import Arguments
 
 TRAINABLE = "trainable.safetensors"
 _FEATURES = {"patch": "default", "cls_patch": "full"}

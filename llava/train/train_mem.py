@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402
 
-from llava.train import ranks  # noqa: E402
+from llava import ranks  # noqa: E402
 from llava.train.__main__ import main, program  # noqa: E402
 
 

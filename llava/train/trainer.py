@@ -24,16 +24,16 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.trainer_pt_utils import nested_gather
 
+from llava import ranks
 from llava.data import ConversationDataset, ModalityLengthSampler
 from llava.errors import DataError, NonFiniteError
 from llava.model.weights import write_json
 from llava.tokens import IGNORE_INDEX
-
-from . import checkpoints, ranks, zero
-from .evaluation import held_out_loss, is_evaluated
-from .interrupt import LeaveSignals
-from .numbered import NumberedCollator, NumberedDataset
-from .progress import Meter, Progress
+from llava.train import checkpoints, zero
+from llava.train.evaluation import held_out_loss, is_evaluated
+from llava.train.interrupt import LeaveSignals
+from llava.train.progress import Meter, Progress
+from llava.train.rows import NumberedCollator, NumberedDataset
 
 MASKED_LIMIT = 10  # optimizer steps in a row without a supervised token before the run stops
 METERS = "meters.json"

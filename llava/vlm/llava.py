@@ -17,13 +17,7 @@ from llava.model import lora
 from llava.model.lora import LowRank
 from llava.model.moments import Moments, read_moments
 from llava.model.sources import Kind
-from llava.tokens import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-    Encoded,
-    encode_conversation,
-    tokenize,
-)
+from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_conversation, tokenize
 from llava.vlm.base import Prepared, Vlm
 
 if TYPE_CHECKING:

@@ -73,7 +73,7 @@ train() {
     *)
       echo "$recipe: trains $MODEL on $DATA, into $OUTPUT" >&2
       # shellcheck disable=SC2206  # TORCHRUN_ARGS is a list of flags
-      run=("$PYTHON" -m llava.train.launch ${TORCHRUN_ARGS:---standalone} --nproc_per_node "$NPROC"
+      run=("$PYTHON" -m llava.launch ${TORCHRUN_ARGS:---standalone} --nproc_per_node "$NPROC"
         -m "${TRAINING:-llava.train.train_mem}") ;;
   esac
   exec "${run[@]}" "${deepspeed[@]}" \

@@ -8,8 +8,7 @@ import inspect
 import pkgutil
 
 from llava.errors import UsageError
-
-from .base import Method
+from selection.methods.base import Method
 
 __all__ = ["Method", "find_methods", "get_method"]
 

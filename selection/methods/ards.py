@@ -27,17 +27,16 @@ import numpy as np
 import torch
 
 from llava.errors import DataError, UsageError
-from selection import stream
-from selection.cluster import cluster_groups
-from selection.formats import FORMATS, formats_of, perturbable
+from selection.methods.base import Context, Method, Plan, Request, Scored
+from selection.pool.formats import FORMATS, formats_of, perturbable
 from selection.signals.forward import Forward
 from selection.signals.perturbed import KIND_CHOICE, Perturbed
-
-from .base import Context, Method, Plan, Request, Scored
+from selection.vectors import stream
+from selection.vectors.kmeans import cluster_groups
 
 if TYPE_CHECKING:
-    from selection.pool import Pool
-    from selection.store import StoreReader
+    from selection.pool.pool import Pool
+    from selection.store.store import StoreReader
 
 
 @dataclass(frozen=True)

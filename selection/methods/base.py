@@ -15,11 +15,11 @@ import numpy as np
 import xxhash
 
 from llava.errors import NonFiniteError
-from selection.budget import top_k
+from selection.rules.budget import top_k
 
 if TYPE_CHECKING:
-    from selection.pool import Pool
-    from selection.store import StoreReader
+    from selection.pool.pool import Pool
+    from selection.store.store import StoreReader
 
 
 @dataclass(frozen=True)

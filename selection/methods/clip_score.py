@@ -18,9 +18,8 @@ from typing import Literal
 
 import numpy as np
 
+from selection.methods.base import Context, Method, Scored
 from selection.signals.clip import DEFAULT, Clip
-
-from .base import Context, Method, Scored
 
 
 @dataclass(frozen=True)

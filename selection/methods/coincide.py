@@ -26,14 +26,13 @@ import numpy as np
 import torch
 
 from llava.errors import DataError, UsageError
-from selection import stream
-from selection.cluster import cluster_rows, members
-from selection.signals.blocks import Blocks
-
-from .base import Context, Method, Scored
+from selection.methods.base import Context, Method, Scored
+from selection.signals.attention_means import Blocks
+from selection.vectors import stream
+from selection.vectors.kmeans import cluster_rows, members
 
 if TYPE_CHECKING:
-    from selection.store import StoreReader
+    from selection.store.store import StoreReader
 
 COLUMNS = ("vision", "language")
 SAME_SKILL = 0.9

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava.errors import UsageError
-from selection.neighbours import Neighbours
+from selection.methods.base import Context, Method, Scored
 from selection.signals.forward import Forward
-
-from .base import Context, Method, Scored
+from selection.vectors.neighbours import Neighbours
 
 COLUMNS = ("mean_state",)
 LEAST = 1e-7  # as released: no sample sends a message of zero or less

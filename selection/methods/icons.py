@@ -21,11 +21,10 @@ from typing import Any, Literal
 import numpy as np
 
 from llava.errors import DataError
-from selection import influence
-from selection.consensus import Aggregation, aggregate, check, decided_by_rank, total_votes
-from selection.signals.gradients import Gradients
-
-from .base import Context, Method, Scored
+from selection.methods.base import Context, Method, Scored
+from selection.rules import influence
+from selection.rules.consensus import Aggregation, aggregate, check, decided_by_rank, total_votes
+from selection.signals.gradients.gradients import Gradients
 
 DIM = 5120
 GRADIENTS, NOISE = "gradients", "noise_gradients"

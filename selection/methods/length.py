@@ -16,10 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from selection.bands import Band, band_scores
+from selection.methods.base import Context, Method, Scored
+from selection.rules.bands import Band, band_scores
 from selection.signals.forward import Forward
-
-from .base import Context, Method, Scored
 
 
 @dataclass(frozen=True)

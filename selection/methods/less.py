@@ -20,12 +20,11 @@ from typing import Any, Literal
 import numpy as np
 
 from llava.errors import UsageError
-from selection import influence
-from selection.consensus import check
-from selection.signals.gradients import Gradients
-from selection.targets import title_of
-
-from .base import Context, Method, Scored
+from selection.methods.base import Context, Method, Scored
+from selection.pool.targets import title_of
+from selection.rules import influence
+from selection.rules.consensus import check
+from selection.signals.gradients.gradients import Gradients
 
 DIM = 8192
 

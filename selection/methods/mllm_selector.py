@@ -26,12 +26,11 @@ from typing import Any, Literal
 import numpy as np
 
 from llava.errors import UsageError
-from selection.budget import budget_size, top_k
+from selection.methods.base import Context, Method, Scored
+from selection.methods.random import Random
+from selection.methods.random_stratified import largest_remainder
+from selection.rules.budget import budget_size, top_k
 from selection.signals.forward import Forward
-
-from .base import Context, Method, Scored
-from .random import Random
-from .random_stratified import largest_remainder
 
 Necessity = Literal["nll", "nll_mean", "literal", "perplexity"]
 _COLUMNS = {"nll": "nll_sum", "literal": "nll_sum"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import Context, Method, Scored
+from selection.methods.base import Context, Method, Scored
 
 
 class Random(Method):

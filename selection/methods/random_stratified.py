@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from selection.budget import top_k
-
-from .base import Context, Method, Scored
+from selection.methods.base import Context, Method, Scored
+from selection.rules.budget import top_k
 
 
 def largest_remainder(counts: np.ndarray, k: int) -> np.ndarray:

@@ -16,12 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from selection import influence
-from selection.consensus import Aggregation
+from selection.methods.base import Context, Method, Scored
+from selection.methods.icons import agreement
+from selection.rules import influence
+from selection.rules.consensus import Aggregation
 from selection.signals.forward import Forward
-
-from .base import Context, Method, Scored
-from .icons import agreement
 
 
 @dataclass(frozen=True)

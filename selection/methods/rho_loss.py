@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava.errors import UsageError
+from selection.methods.base import Context, Method, Scored
 from selection.signals.forward import Forward
-
-from .base import Context, Method, Scored
 
 
 @dataclass(frozen=True)

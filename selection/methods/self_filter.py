@@ -29,12 +29,11 @@ import torch
 from torch import Tensor
 
 from llava.errors import UsageError
-from selection import stream
-from selection.neighbours import Neighbours
+from selection.methods.base import Context, Method, Scored
 from selection.signals.clip import DEFAULT, Clip
 from selection.signals.forward import Forward
-
-from .base import Context, Method, Scored
+from selection.vectors import stream
+from selection.vectors.neighbours import Neighbours
 
 COLUMNS = ("image_features", "text_features")
 LISTED = 64

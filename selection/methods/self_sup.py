@@ -20,12 +20,11 @@ import numpy as np
 import torch
 
 from llava.errors import UsageError
-from selection import stream
-from selection.bands import band_scores
+from selection.methods.base import Context, Method, Scored
+from selection.methods.semdedup import score_clusters
+from selection.rules.bands import band_scores
 from selection.signals.forward import Forward
-
-from .base import Context, Method, Scored
-from .semdedup import score_clusters
+from selection.vectors import stream
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,10 @@ import numpy as np
 import torch
 
 from llava.errors import UsageError
-from selection import stream
-from selection.cluster import cluster_rows, members
+from selection.methods.base import Context, Method, Scored
 from selection.signals.forward import Forward
-
-from .base import Context, Method, Scored
+from selection.vectors import stream
+from selection.vectors.kmeans import cluster_rows, members
 
 COLUMNS = ("last_state",)
 _CHUNK = 1024

@@ -22,15 +22,14 @@ import numpy as np
 import torch
 
 from llava.errors import UsageError
-from selection import stream
-from selection.budget import top_k
-from selection.signals.gradients import Gradients
-
-from .base import Context, Method, Scored
-from .mllm_selector import gumbel
+from selection.methods.base import Context, Method, Scored
+from selection.methods.mllm_selector import gumbel
+from selection.rules.budget import top_k
+from selection.signals.gradients.gradients import Gradients
+from selection.vectors import stream
 
 if TYPE_CHECKING:
-    from selection.store import StoreReader
+    from selection.store.store import StoreReader
 
 
 @dataclass(frozen=True)

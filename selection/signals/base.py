@@ -10,12 +10,12 @@ import numpy as np
 from PIL.Image import Image
 
 from llava.vlm.base import Vlm
-from selection.store import Column
+from selection.store.store import Column
 
 if TYPE_CHECKING:
     from llava.data import Record
-    from selection.pool import Pool
-    from selection.store import StoreReader
+    from selection.pool.pool import Pool
+    from selection.store.store import StoreReader
 
 
 class Item(Protocol):

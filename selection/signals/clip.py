@@ -27,11 +27,11 @@ from llava.conversation import IMAGE_TOKEN
 from llava.errors import DataError
 from selection.signals.base import Sample, Signal
 from selection.signals.clip_models import AnyClip, checkpoint_content, load_clip, padded
-from selection.store import Column, StoreReader
+from selection.store.store import Column, StoreReader
 
 if TYPE_CHECKING:
     from llava.data import Record
-    from selection.pool import Pool
+    from selection.pool.pool import Pool
 
 DEFAULT = "openai/clip-vit-large-patch14"
 _SPEAKERS = {"human": "USER", "gpt": "ASSISTANT"}

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from llava.tokens import IGNORE_INDEX
 from llava.vlm.base import Batch, ForwardOut, Vlm
 from selection.signals.onepass import OnePass
-from selection.store import Column
+from selection.store.store import Column
 
 VOCABULARY_CHUNK = 8192
 ROW_CHUNK = 2048

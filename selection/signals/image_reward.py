@@ -35,11 +35,11 @@ from llava.vlm.base import StableRows
 from selection.signals.base import Sample, Signal
 from selection.signals.clip import text_of
 from selection.signals.clip_models import files_content
-from selection.store import Column
+from selection.store.store import Column
 
 if TYPE_CHECKING:
-    from selection.pool import Pool
-    from selection.store import StoreReader
+    from selection.pool.pool import Pool
+    from selection.store.store import StoreReader
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_LENGTH = 35

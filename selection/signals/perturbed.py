@@ -1,7 +1,7 @@
 """How much a corrupted copy x' of a sample hurts the proxy: |l(x) - l(x')|, and x' itself (ARDS).
 
-Every sample is attacked by the one kind of corruption its format allows (`selection.perturb`). l is
-the mean cross-entropy of the answer tokens, in nats. Columns:
+Every sample is attacked by the one kind of corruption its format allows (`perturb.py`). l is the
+mean cross-entropy of the answer tokens, in nats. Columns:
 
     kind                0 cannot be perturbed, 1 multiple choice, 2 image
     loss_clean          l(x); NaN for kind 0
@@ -9,7 +9,7 @@ the mean cross-entropy of the answer tokens, in nats. Columns:
     gap                 |l(x) - l(x')|; NaN for kind 0
     last_state, attention_state, attention_self    of that copy (signals/forward.py); 0 for kind 0
 
-and of multiple choice, for the orders (llava/eval/attacks.py) that its options were shown in:
+and of multiple choice, for the orders (llava/eval/question.py) that its options were shown in:
 
     n_orders            how many orders there are
     order               the one with the largest gap, the first of equals
@@ -17,7 +17,7 @@ and of multiple choice, for the orders (llava/eval/attacks.py) that its options 
     first_failed        the first of those, -1 if there is none
 
 For the other kinds n_orders and n_failed are 0, order and first_failed -1. All orders go through
-`llava.eval.choices` together: two model calls a sample. A greedy answer is judged given the
+`llava.vlm.versions` together: two model calls a sample. A greedy answer is judged given the
 sample's own earlier turns.
 """
 
@@ -34,13 +34,13 @@ import torch
 from llava.conversation import check_turns
 from llava.data import Turn
 from llava.errors import UsageError
-from llava.eval.attacks import MAX_ORDERS, SYMBOLS
-from llava.eval.choices import run_together, score
+from llava.eval.question import MAX_ORDERS, SYMBOLS
 from llava.vlm.base import Prepared, Vlm
-from selection.perturb import DIFFUSION_STEPS, choice_turns, diffuse, perturbations
+from llava.vlm.versions import run_together, score
 from selection.signals.base import Sample, Signal
 from selection.signals.forward import forward_columns, pooled_states
-from selection.store import Column
+from selection.signals.perturb import DIFFUSION_STEPS, choice_turns, diffuse, perturbations
+from selection.store.store import Column
 
 KIND_NONE, KIND_CHOICE, KIND_IMAGE = 0, 1, 2
 LOSSES = ("loss_clean", "loss_perturbed", "gap")
@@ -80,7 +80,7 @@ class Perturbed(Signal):
     may_be_nan: ClassVar[tuple[str, ...]] = LOSSES
 
     symbols: str | None = "qwer"
-    """symbols that replace A, B, C, ... (a name in llava.eval.attacks.SYMBOLS); none keeps them"""
+    """symbols that replace A, B, C, ... (a name in llava.eval.question.SYMBOLS); none keeps them"""
     max_orders: int = MAX_ORDERS
     """most orders of the options that are tried"""
     permute: bool = True

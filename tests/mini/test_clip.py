@@ -6,9 +6,8 @@ import pytest
 import torch
 import transformers as hf
 
-from mini import clip
-from mini.base import SHIPPED
-from selection.pool import Pool
+from mini import SHIPPED, clip
+from selection.pool.pool import Pool
 from selection.signals.clip_models import ClipModel
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "pink", "brown"]

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from llava.errors import DataError
-from mini.evalitems import EvalSets, Open
-from mini.evalsets import make_evalsets
+from mini.eval.items import EvalSets, Open
+from mini.eval.sets import make_evalsets
 from mini.fetch import default_cache
 from mini.pool import SOURCES, already_built, build, make_samples
 from mini.render import pixel_hash

@@ -9,7 +9,7 @@ import numpy as np
 
 from mini.report import Share, main, newest_run, oracle_shares, random_rows
 from selection.__main__ import main as select
-from selection.pool import Pool
+from selection.pool.pool import Pool
 
 
 def write(folder, n=60):

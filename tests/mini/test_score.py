@@ -11,8 +11,8 @@ from llava.errors import UsageError
 from llava.model.checkpoint import load
 from llava.train.__main__ import train
 from llava.train.arguments import parse
-from mini.base import SHIPPED
-from mini.base_accuracy import accuracy, load_questions
+from mini import SHIPPED
+from mini.accuracy import accuracy, load_questions
 from mini.captions import write_captions
 from mini.score import SETS, ScoreSettings, main, scores
 

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from llava.errors import DataError
-from mini.evalitems import Choice, EvalSets
-from mini.evalsets import make_evalsets
+from mini.eval.items import Choice, EvalSets
+from mini.eval.sets import make_evalsets
 from mini.render import SIZE, png
 from mini.targets import target_files
 from mini.world import target_emoji
-from selection.targets import read_targets
+from selection.pool.targets import read_targets
 
 NO_SETS = EvalSets([], [], [], [], [])
 OBJECTS = ("object_mcq", "object_yesno", "object_open", "object_cn")

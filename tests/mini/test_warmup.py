@@ -12,7 +12,7 @@ import torch
 from llava.errors import UsageError
 from llava.model.assemble import assemble
 from llava.model.checkpoint import load
-from mini.base import SHIPPED
+from mini import SHIPPED
 from mini.warmup import WarmupSettings, identity, main
 
 FIXTURE = Path(__file__).parents[2] / "mini/fixture"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mini.clipart import ClipArt
-from mini.evalsets import make_evalsets
+from mini.eval.sets import make_evalsets
 from mini.pool import SOURCES, make_samples
 from mini.settings import PoolSettings
 from mini.world import _divide_clipart, target_emoji

@@ -28,7 +28,7 @@ def test_one_process_needs_no_group():
 def test_a_process_leaves_its_group(free_port):
     """Alone and with nothing to leave it does nothing; in a group it is out of it."""
     work = (
-        "from llava.train.ranks import leave; leave()\n"
+        "from llava.ranks import leave; leave()\n"
         "import torch.distributed as dist\n"
         "dist.init_process_group('gloo', rank=0, world_size=1)\n"
         "leave(); assert not dist.is_initialized()\n"

@@ -20,7 +20,7 @@ from PIL import Image
 from llava.errors import UsageError, UserError
 from selection.__main__ import main
 from selection.methods import find_methods
-from selection.store import StoreReader
+from selection.store.store import StoreReader
 from tests.tiny_models import BUILDERS, save_clip, save_llava
 
 N = 48

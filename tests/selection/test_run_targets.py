@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import UsageError
 from selection.__main__ import main
-from selection.compare import overlaps, rank_correlations, read_run
-from selection.signals.gradients import Gradients
-from selection.store import StoreReader
+from selection.output.compare import overlaps, rank_correlations, read_run
+from selection.signals.gradients.gradients import Gradients
+from selection.store.store import StoreReader
 from tests.lora_models import factors, save_lora
 from tests.selection.test_run import World, subset, write_pool
 from tests.tiny_models import save_llava

@@ -10,8 +10,7 @@ import importlib
 import pkgutil
 
 from llava.errors import UsageError
-
-from .base import Item, Task
+from llava.eval.tasks.base import Item, Task
 
 __all__ = ["Item", "Task", "find_task", "task_names"]
 

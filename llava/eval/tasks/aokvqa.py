@@ -20,10 +20,9 @@ from pathlib import Path
 import msgspec
 
 from llava.errors import DataError
-
-from .base import Id, Item, check_unique
-from .lettered import Lettered, lettered
-from .parquet import Picture, read_questions
+from llava.eval.tasks.base import Id, Item, check_unique
+from llava.eval.tasks.lettered import Lettered, lettered
+from llava.eval.tasks.parquet import Picture, read_questions
 
 QUESTIONS = "aokvqa_v1p0_val.json"
 

@@ -21,11 +21,10 @@ from pathlib import Path
 import msgspec
 
 from llava.errors import DataError
-from llava.eval.attacks import LETTERS
-
-from .base import Id, Item, check_unique
-from .lettered import Lettered, lettered
-from .parquet import read_questions
+from llava.eval.question import LETTERS
+from llava.eval.tasks.base import Id, Item, check_unique
+from llava.eval.tasks.lettered import Lettered, lettered
+from llava.eval.tasks.parquet import read_questions
 
 QUESTIONS = "ARC-Easy-Test.jsonl"
 ATTACKED = LETTERS[:5]

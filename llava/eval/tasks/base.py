@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import DataError
-from llava.eval.attacks import Question
+from llava.eval.question import Question
 
 Id = int | str
 

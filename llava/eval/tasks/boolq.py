@@ -16,9 +16,9 @@ from pathlib import Path
 
 import msgspec
 
-from .base import Item
-from .lettered import Lettered, lettered
-from .parquet import read_questions
+from llava.eval.tasks.base import Item
+from llava.eval.tasks.lettered import Lettered, lettered
+from llava.eval.tasks.parquet import read_questions
 
 QUESTIONS = "dev.jsonl"
 OPTIONS = ("yes", "no")

@@ -22,9 +22,16 @@ from pathlib import Path
 import msgspec
 
 from llava.errors import DataError, UsageError
-
-from .base import Id, Item, Task, check_unique, percent
-from .rows import SHORT, QuestionRow, find_file, folder_of, question_file, read_json, read_rows
+from llava.eval.tasks.base import Id, Item, Task, check_unique, percent
+from llava.eval.tasks.rows import (
+    SHORT,
+    QuestionRow,
+    find_file,
+    folder_of,
+    question_file,
+    read_json,
+    read_rows,
+)
 
 QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 ANSWERS = "testdev_balanced_questions.json"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llava.errors import DataError
-from llava.eval.attacks import INSTRUCTIONS, LETTERS, Question
-
-from .base import Id, Item, Task, percent
+from llava.eval.question import INSTRUCTIONS, LETTERS, Question
+from llava.eval.tasks.base import Id, Item, Task, percent
 
 LETTER = INSTRUCTIONS[0]
 """LLaVA's instruction to answer with a letter, a line of its own after the options"""

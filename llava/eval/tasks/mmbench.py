@@ -30,11 +30,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from llava.errors import DataError, UsageError
-from llava.eval.attacks import Question
-
-from .base import Id, Item, Task, check_unique, percent
-from .lettered import LETTER, gold_of
-from .rows import question_file
+from llava.eval.question import Question
+from llava.eval.tasks.base import Id, Item, Task, check_unique, percent
+from llava.eval.tasks.lettered import LETTER, gold_of
+from llava.eval.tasks.rows import question_file
 
 COPY = 1_000_000
 """distance of `index` between a question and its rotations"""
@@ -93,7 +92,7 @@ class MmBench(Task):
         """The server's workbook: the file's columns without pictures and hints, and `prediction`
         as the seventh, as LLaVA's convert_mmbench_for_submission has it.
         """
-        from .workbook import workbook  # loading openpyxl takes half a second
+        from llava.eval.tasks.workbook import workbook  # loading openpyxl takes half a second
 
         names = list(items[0].extra["row"])
         names.insert(PREDICTION, "prediction")

@@ -25,9 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from llava.errors import DataError, UsageError
-
-from .base import Id, Item, Task, check_unique, percent
-from .rows import SHORT, QuestionRow, folder_of, question_file, read_rows
+from llava.eval.tasks.base import Id, Item, Task, check_unique, percent
+from llava.eval.tasks.rows import SHORT, QuestionRow, folder_of, question_file, read_rows
 
 QUESTIONS = "llava_mme.jsonl"
 RELEASE = "MME_Benchmark_release_version"

@@ -22,10 +22,9 @@ from pathlib import Path
 import msgspec
 
 from llava.errors import DataError
-
-from .base import Id, Item, check_unique
-from .lettered import Lettered, gold_of, lettered
-from .parquet import Picture, read_questions
+from llava.eval.tasks.base import Id, Item, check_unique
+from llava.eval.tasks.lettered import Lettered, gold_of, lettered
+from llava.eval.tasks.parquet import Picture, read_questions
 
 CHOICE = "multiple-choice"
 

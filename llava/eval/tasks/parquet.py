@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava.errors import DataError, UsageError
-
-from .rows import find_file, read_rows
+from llava.eval.tasks.rows import find_file, read_rows
 
 BATCH = 64
 """rows read at a time: of pictures of a megabyte, not the whole file at once"""

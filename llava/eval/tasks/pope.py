@@ -25,9 +25,8 @@ from typing import Literal
 import msgspec
 
 from llava.errors import DataError, UsageError
-
-from .base import Id, Item, Task, check_unique, percent
-from .rows import QuestionRow, find_file, folder_of, question_file, read_rows
+from llava.eval.tasks.base import Id, Item, Task, check_unique, percent
+from llava.eval.tasks.rows import QuestionRow, find_file, folder_of, question_file, read_rows
 
 CATEGORIES = ("adversarial", "popular", "random")
 QUESTIONS = "llava_pope_test.jsonl"

@@ -10,8 +10,7 @@ import msgspec
 
 from llava.data import raw_records
 from llava.errors import DataError, UsageError
-
-from .base import Id
+from llava.eval.tasks.base import Id
 
 SHORT = "Answer the question using a single word or phrase."
 """LLaVA's instruction for short answers, a line of its own after the question"""

@@ -30,11 +30,10 @@ from pathlib import Path
 import msgspec
 
 from llava.errors import DataError
-from llava.eval.attacks import LETTERS, Question, parse_question
-
-from .base import Id, Item, Task, check_unique, percent
-from .lettered import LETTER, gold_of
-from .rows import folder_of, question_file, read_json, read_rows
+from llava.eval.question import LETTERS, Question, parse_question
+from llava.eval.tasks.base import Id, Item, Task, check_unique, percent
+from llava.eval.tasks.lettered import LETTER, gold_of
+from llava.eval.tasks.rows import folder_of, question_file, read_json, read_rows
 
 QUESTIONS = "llava_test_CQM-A.json"
 SPLITS = "pid_splits.json"

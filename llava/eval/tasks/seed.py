@@ -27,11 +27,10 @@ from typing import Literal
 import msgspec
 
 from llava.errors import DataError
-from llava.eval.attacks import parse_question
-
-from .base import Id, Item, Task, percent
-from .lettered import gold_of
-from .rows import QuestionRow, folder_of, question_file, read_json, read_rows
+from llava.eval.question import parse_question
+from llava.eval.tasks.base import Id, Item, Task, percent
+from llava.eval.tasks.lettered import gold_of
+from llava.eval.tasks.rows import QuestionRow, folder_of, question_file, read_json, read_rows
 
 QUESTIONS = "llava-seed-bench.jsonl"
 ANNOTATIONS = "SEED-Bench.json"

@@ -20,10 +20,16 @@ from pathlib import Path
 import msgspec
 
 from llava.errors import DataError, UsageError
+from llava.eval.tasks.base import Id, Item, Task, check_unique, percent
+from llava.eval.tasks.rows import (
+    QuestionRow,
+    find_file,
+    folder_of,
+    question_file,
+    read_json,
+    read_rows,
+)
 from llava.eval.vqa_normalise import normalise
-
-from .base import Id, Item, Task, check_unique, percent
-from .rows import QuestionRow, find_file, folder_of, question_file, read_json, read_rows
 
 QUESTIONS = "llava_textvqa_val_v051_ocr.jsonl"
 ANSWERS = "TextVQA_0.5.1_val.json"

@@ -68,7 +68,7 @@ nproc=${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count()
 if [ "$nproc" -gt 1 ] || [ -n "${TORCHRUN_ARGS:-}" ]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   # shellcheck disable=SC2206  # TORCHRUN_ARGS is a list of flags
-  run=("$PYTHON" -m llava.train.launch ${TORCHRUN_ARGS:---standalone} --nproc_per_node "$nproc" -m llava.eval)
+  run=("$PYTHON" -m llava.launch ${TORCHRUN_ARGS:---standalone} --nproc_per_node "$nproc" -m llava.eval)
 else
   run=("$PYTHON" -m llava.eval)
 fi

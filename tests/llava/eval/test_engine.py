@@ -11,8 +11,8 @@ import transformers as hf
 from PIL import Image
 
 from llava.errors import UsageError
-from llava.eval.attacks import Question, orders
 from llava.eval.engine import ENGINES, Ask, open_engine
+from llava.eval.question import Question, orders
 from llava.vlm import load_vlm
 from tests.oracles import oracle
 from tests.tiny_models import BUILDERS, TEXT, VISION, save_llava, save_smolvlm

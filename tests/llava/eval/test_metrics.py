@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from llava.eval import metrics
-from llava.eval.attacks import orders
 from llava.eval.metrics import UNREAD
+from llava.eval.question import orders
 
 N_OPTIONS = [2, 3, 4, 2, 4, 3] * 8
 

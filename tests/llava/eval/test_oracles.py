@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.eval.attacks import Question, orders
 from llava.eval.engine import ENGINES, Ask, open_engine
+from llava.eval.question import Question, orders
 from llava.eval.run import Evaluation, RunSettings
 from tests.oracles import first_position, knows, oracle, uniform
 

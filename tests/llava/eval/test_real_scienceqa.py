@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from llava.eval.__main__ import main
-from llava.eval.attacks import SYMBOLS, orders
+from llava.eval.question import SYMBOLS, orders
 from llava.eval.tasks import find_task
 
 SUFFIX = "Answer with the option's letter from the given choices directly."

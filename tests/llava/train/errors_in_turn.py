@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from llava import ranks
 from llava.errors import UserError
-from llava.train import ranks
 from llava.train.__main__ import train
 from llava.train.arguments import parse
 

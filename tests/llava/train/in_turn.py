@@ -12,7 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from llava.train import ranks, zero
+from llava import ranks
+from llava.train import zero
 from llava.train.__main__ import train
 from llava.train.arguments import Arguments, parse
 from llava.train.stages import load_model

@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from llava.train import ranks
+from llava import ranks
 from llava.train.__main__ import train
 from llava.train.arguments import parse
 

@@ -14,8 +14,7 @@ import pytest
 from llava.errors import RefusedError, UsageError
 from llava.train import checkpoints
 from llava.train.checkpoints import MARKER, flaw, is_complete, mark_complete, newest_complete
-
-from ...faults import flip_bit, tiny_disk
+from tests.faults import flip_bit, tiny_disk
 
 FILES = {
     "model.safetensors": b"weights" * 50,

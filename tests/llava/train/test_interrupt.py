@@ -12,8 +12,7 @@ import psutil
 import pytest
 
 from llava.train.checkpoints import MARKER, is_complete
-
-from .processes import ALONE, TORCHRUN, started, wait_until
+from tests.llava.train.processes import ALONE, TORCHRUN, started, wait_until
 
 LONG = {"max_steps": 400, "logging_steps": 1, "group_by_modality_length": True}
 
@@ -99,7 +98,7 @@ def test_signal_while_waiting_for_data(run, tmp_path):
 @pytest.mark.slow
 def test_signal_to_one_of_two_processes(run, tmp_path):
     """It is the signal of both: a checkpoint with the part of each, and 75 through the launcher."""
-    words = ["-m", "llava.train.launch", *TORCHRUN[2:], *run.flags("out", **LONG)]
+    words = ["-m", "llava.launch", *TORCHRUN[2:], *run.flags("out", **LONG)]
     with started(words) as program:
         program.wait_for("step 2/")
         program.ranks()[1].send_signal(signal.SIGUSR1)

@@ -11,8 +11,7 @@ from llava.data import Collator
 from llava.train import __main__ as entry
 from llava.train.arguments import parse
 from llava.train.stages import load_model
-
-from .processes import ROOT, TORCHRUN, started
+from tests.llava.train.processes import ROOT, TORCHRUN, started
 
 # Adam's usual 1e-8 makes a whole step out of the rounding of a gradient near zero.
 FLAGS = {"logging_steps": 1, "adam_epsilon": 1e-3, "seed": 3}

@@ -14,8 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llava.tokens import load_tokenizer
-
-from .processes import ALONE, ROOT, TORCHRUN, started
+from tests.llava.train.processes import ALONE, ROOT, TORCHRUN, started
 
 TEXT_ONLY = {"vision_tower": None, "image_folder": None}
 LONG = {"max_steps": 4000, "logging_steps": 1, **TEXT_ONLY}
@@ -157,7 +156,7 @@ def test_all_processes_learn_what_one_has_met(run, parts, squares, tmp_path):
 @pytest.mark.slow
 def test_user_error_is_one_line_and_its_exit_code(flags):
     """Said by one of two processes; through the launcher of schedulers its code is the run's."""
-    words = ["-m", "llava.train.launch", *torchrun()[2:], *ALONE, *flags(learning_rate="high")]
+    words = ["-m", "llava.launch", *torchrun()[2:], *ALONE, *flags(learning_rate="high")]
     with started(words) as program:
         assert program.end() == 2, program.text
     assert len([line for line in program.lines if line.startswith("error: ")]) == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .processes import ALONE, TORCHRUN
+from tests.llava.train.processes import ALONE, TORCHRUN
 
 # 24 rows make 6 steps an epoch; dropout draws random numbers; the log's lines span checkpoints.
 COMMON = {

@@ -20,7 +20,7 @@ from llava.model.export import save
 from llava.train import __main__ as entry
 from llava.train import trainer as trainer_module
 from llava.train.arguments import parse
-from llava.train.numbered import NumberedCollator
+from llava.train.rows import NumberedCollator
 from llava.train.stages import load_model, prepare
 from llava.train.trainer import EpochOrder, EpochSampler, LlavaTrainer, supervised_loss
 

@@ -9,7 +9,7 @@ from llava.errors import UsageError
 from llava.images import open_image
 from llava.vlm import load_vlm
 from llava.vlm.attention import LastRow, last_row
-from selection.pool import Pool
+from selection.pool.pool import Pool
 from tests.tiny_models import BUILDERS, save_pool
 
 

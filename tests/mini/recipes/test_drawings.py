@@ -7,14 +7,7 @@ from collections import Counter
 
 import pytest
 
-from mini.recipes.drawings import (
-    caption,
-    clipart_cap,
-    clipart_mcq,
-    country_qa,
-    flag_mcq,
-    flag_vqa,
-)
+from mini.recipes.drawings import caption, clipart_cap, clipart_mcq, country_qa, flag_mcq, flag_vqa
 from mini.samples import Gallery
 from mini.settings import PoolSettings
 

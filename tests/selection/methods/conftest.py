@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from selection.methods.base import Context, Task
-from selection.pool import Pool
-from selection.store import Column, StoreReader, StoreWriter
+from selection.pool.pool import Pool
+from selection.store.store import Column, StoreReader, StoreWriter
 
 H = 12  # hidden size
 LETTER = "Answer with the option's letter from the given choices directly."

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from llava.errors import DataError, UsageError
-from selection import stream
 from selection.methods.ards import (
     Ards,
     Settings,
@@ -20,6 +19,7 @@ from selection.methods.ards import (
     worst_case,
 )
 from selection.signals.perturbed import KIND_CHOICE, Perturbed
+from selection.vectors import stream
 
 
 def subgroups_of(scored):

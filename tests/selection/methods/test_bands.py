@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from selection.budget import top_k
 from selection.methods.el2n import El2n
 from selection.methods.length import Length
 from selection.methods.perplexity import Perplexity, log_perplexity
+from selection.rules.budget import top_k
 
 
 def slow_band(values: list[float], keep: str, k: int) -> list[int]:

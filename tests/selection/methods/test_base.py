@@ -10,7 +10,7 @@ from scipy import stats
 from llava.errors import NonFiniteError, UsageError
 from selection.methods import find_methods, get_method
 from selection.methods.base import Context, Method, Plan, Request, Scored, stream
-from selection.pool import Pool
+from selection.pool.pool import Pool
 
 
 def pool_of(path, texts):

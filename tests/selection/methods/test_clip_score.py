@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from selection.budget import top_k
 from selection.methods.clip_score import ClipScore, Settings, within_groups
+from selection.rules.budget import top_k
 
 PROPORTIONAL = Settings(text_only="proportional")
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from llava.errors import DataError, UsageError
-from selection.coido.features import CLIP
-from selection.coido.fit import Fitter, Recipe
-from selection.coido.scorer import Scorer
-from selection.coido.trajectory import Trajectory
 from selection.methods.base import stream
-from selection.methods.coido import Coido, Settings, drawn
+from selection.methods.coido.coido import Coido, Settings, drawn
+from selection.methods.coido.features import CLIP
+from selection.methods.coido.fit import Fitter, Recipe
+from selection.methods.coido.scorer import Scorer
+from selection.methods.coido.trajectory import Trajectory
 from selection.methods.random import Random
 from selection.methods.random_stratified import largest_remainder
 

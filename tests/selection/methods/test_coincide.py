@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from llava.errors import DataError, UsageError
-from selection.budget import top_k
 from selection.methods import coincide
 from selection.methods.base import stream
 from selection.methods.coincide import (
@@ -20,6 +19,7 @@ from selection.methods.coincide import (
     transferability,
     water_fill,
 )
+from selection.rules.budget import top_k
 
 
 def unit_rows(x):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from llava.errors import UsageError
-from selection import neighbours
-from selection.budget import top_k
 from selection.methods.d2_pruning import D2Pruning, Settings, forward_messages, selection_order
+from selection.rules.budget import top_k
+from selection.vectors import neighbours
 
 
 def slow_forward(importance, ids, weights):

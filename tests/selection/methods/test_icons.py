@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from llava.errors import DataError, NonFiniteError, UsageError
-from selection.consensus import vote
-from selection.influence import by_task, direction, visual
 from selection.methods.icons import Icons, Settings
 from selection.methods.less import Less, weighted_sum
 from selection.methods.less import Settings as LessSettings
 from selection.methods.rds import Rds
+from selection.rules.consensus import vote
+from selection.rules.influence import by_task, direction, visual
 
 
 def slow_influence(world, signal, column):

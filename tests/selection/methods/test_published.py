@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from selection.methods import find_methods
-from selection.signals.gradients import Gradients
+from selection.signals.gradients.gradients import Gradients
 
 ROOT = Path(__file__).parents[3]
 SOURCE = "\n".join(path.read_text() for path in sorted((ROOT / "selection").rglob("*.py")))

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from llava.errors import UsageError
-from selection.budget import top_k
 from selection.methods import self_filter
 from selection.methods.self_filter import (
     SelfFilter,
@@ -18,6 +17,7 @@ from selection.methods.self_filter import (
     train_net,
     weighted_loss,
 )
+from selection.rules.budget import top_k
 
 
 def unit_rows(x):

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from llava.errors import UsageError
-from selection.cluster import cluster_rows
 from selection.methods.base import stream
 from selection.methods.self_sup import SelfSup, Settings, prototypicality
 from selection.methods.semdedup import COLUMNS
+from selection.vectors.kmeans import cluster_rows
 
 
 def test_prototypicality_is_a_cosine():

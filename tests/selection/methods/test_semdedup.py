@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from llava.errors import UsageError
-from selection.budget import top_k
-from selection.cluster import cluster_rows
 from selection.methods import semdedup
 from selection.methods.base import stream
 from selection.methods.semdedup import COLUMNS, Semdedup, Settings, keep_order, nearest_before
+from selection.rules.budget import top_k
+from selection.vectors.kmeans import cluster_rows
 
 
 def unit_rows(x):

@@ -16,13 +16,13 @@ from PIL import Image
 
 from llava.errors import DataError, UsageError
 from selection.methods.base import Request
-from selection.pool import Pool
+from selection.pool.pool import Pool
 from selection.ranks import Ranks
 from selection.run import extract_signal, print_cost
 from selection.settings import PoolSettings, ProxySettings
 from selection.signals import clip_models
 from selection.signals.clip import Clip, distinct_images, image_owner, text_of
-from selection.store import StoreWriter
+from selection.store.store import StoreWriter
 from tests.extraction import fork
 from tests.faults import snapshot
 from tests.tiny_models import save_clip, save_pool

@@ -8,14 +8,9 @@ from llava.errors import DataError
 from llava.images import open_image
 from llava.tokens import IGNORE_INDEX
 from llava.vlm import load_vlm
-from selection.pool import Pool
+from selection.pool.pool import Pool
 from selection.signals.base import Sample
-from selection.signals.forward import (
-    Forward,
-    pooled_states,
-    supervised_positions,
-    token_scores,
-)
+from selection.signals.forward import Forward, pooled_states, supervised_positions, token_scores
 from tests.tiny_models import BUILDERS, save_llava, save_pool
 
 

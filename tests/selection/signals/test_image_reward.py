@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from llava.errors import UsageError
-from selection.pool import Pool
+from selection.pool.pool import Pool
 from selection.ranks import Ranks
 from selection.run import extract_signal
 from selection.settings import PoolSettings, ProxySettings

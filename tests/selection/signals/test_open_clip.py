@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from llava.errors import RefusedError, UsageError
-from selection.pool import Pool
+from selection.pool.pool import Pool
 from selection.ranks import Ranks
 from selection.run import extract_signal
 from selection.settings import PoolSettings, ProxySettings

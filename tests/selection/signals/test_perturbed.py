@@ -14,11 +14,11 @@ from llava.errors import DataError, UsageError
 from llava.tokens import IGNORE_INDEX
 from llava.vlm import load_vlm
 from llava.vlm.base import Prepared
-from selection.extract import extract
-from selection.perturb import diffuse, perturbations
-from selection.pool import Pool
+from selection.extract.loop import extract
+from selection.pool.pool import Pool
 from selection.signals.base import Sample
 from selection.signals.forward import Forward, forward_columns
+from selection.signals.perturb import diffuse, perturbations
 from selection.signals.perturbed import (
     KIND_CHOICE,
     KIND_IMAGE,

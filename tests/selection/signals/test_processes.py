@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import StorageError, run_main
-from selection.pool import Pool
+from selection.pool.pool import Pool
 from selection.ranks import Ranks
 from selection.run import extract_signal
 from selection.settings import PoolSettings, ProxySettings

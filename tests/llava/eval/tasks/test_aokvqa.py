@@ -8,8 +8,7 @@ import pytest
 
 from llava.errors import DataError, UsageError
 from llava.eval.tasks import find_task
-
-from .hub import picture, write
+from tests.llava.eval.tasks.hub import picture, write
 
 OPTIONS = ["cab", "train", "C", "cab"]
 PROMPT = (

@@ -8,8 +8,7 @@ import pytest
 
 from llava.errors import DataError
 from llava.eval.tasks import find_task
-
-from .hub import write
+from tests.llava.eval.tasks.hub import write
 
 
 def question(number, texts=("x", "y", "z"), labels="ABC", answer="B"):

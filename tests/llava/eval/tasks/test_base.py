@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava.errors import UserError
-from llava.eval.attacks import LETTERS
+from llava.eval.question import LETTERS
 from llava.eval.tasks import Item, find_task, task_names
 
 WORLD = Path(__file__).parents[4] / "mini" / "fixture" / "eval"

@@ -8,8 +8,7 @@ import pytest
 
 from llava.errors import DataError, UsageError
 from llava.eval.tasks import find_task
-
-from .hub import write
+from tests.llava.eval.tasks.hub import write
 
 ROWS = [
     {"question": "is ice cold", "title": "Ice", "answer": True, "passage": "Ice\nis cold."},

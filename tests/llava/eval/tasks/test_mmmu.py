@@ -8,8 +8,7 @@ import pytest
 
 from llava.errors import DataError
 from llava.eval.tasks import find_task
-
-from .hub import picture, write
+from tests.llava.eval.tasks.hub import picture, write
 
 IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 

@@ -7,8 +7,7 @@ import pytest
 
 from llava.errors import DataError, UsageError
 from llava.eval.tasks.parquet import BATCH, Picture, read_questions
-
-from .hub import picture, write
+from tests.llava.eval.tasks.hub import picture, write
 
 
 class Row(msgspec.Struct):

@@ -1,0 +1,340 @@
+"""CoIDO: a small scorer, trained for importance and diversity at once, says what is needed.
+
+Yichen Yan et al. CoIDO: Efficient Data Selection for Visual Instruction Tuning via Coupled
+Importance-Diversity Optimization. NeurIPS 2025.
+
+    features     CLIP image and text, CLIP score, ...    signals/; coido/features.py
+    clusters     spectral, M = 20, of the p % drawn      selection/vectors/spectral.py
+    scorer       four-layer MLP and others (figure 3)    coido/scorer.py
+    w            softmax over the batch                  coido/losses.py: batch_weights
+    L_I          sum_i w_i CE_i                 (eq. 1)  importance_loss
+    L_D          Var of the cluster means of w  (eq. 2)  diversity_loss
+    L            L_I/s_I^2 + L_D/(2 s_D^2) + log s_I s_D (eq. 14)  total_loss
+    subset       lowest first within each source         select
+
+The scorer comes from a file (`--scorer`), or is trained here in seconds: on the losses that
+co-training recorded (`--trajectory`), or else on the proxy's losses on the drawn samples. Before
+co-training, `--prepare` makes what it needs: the drawn samples, their features and clusters.
+
+Differs from the paper and from the released code: docs/methods/coido.md, with the reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from llava.errors import DataError, UsageError
+from selection.methods.base import Context, Method, Plan, Request, Scored
+from selection.methods.coido.features import CLIP, SCORES, Assembly
+from selection.methods.coido.fit import Fitter, Recipe, shuffled_batches
+from selection.methods.coido.losses import Objective
+from selection.methods.coido.scorer import Architecture, Scorer
+from selection.methods.coido.trajectory import Trajectory
+from selection.methods.random import Random
+from selection.methods.random_stratified import RandomStratified
+from selection.rules.budget import budget_size
+from selection.signals.clip import DEFAULT, Clip
+from selection.signals.forward import Forward
+from selection.signals.image_reward import ImageReward
+from selection.signals.judge.settings import JudgeSettings
+from selection.vectors import stream as vectors
+
+if TYPE_CHECKING:
+    from selection.pool.pool import Pool
+
+CHUNK = 1024  # rows that are scored together
+_HOME = {"clip_score": "clip", "image_reward": "image_reward", "llm_score": "judge"}
+
+
+@dataclass(frozen=True)
+class Settings(JudgeSettings):
+    """How CoIDO scores; defaults are the paper's."""
+
+    scorer: str | None = None
+    """file of a trained scorer, of this pool or another; without it one is trained"""
+    trajectory: str | None = None
+    """file of the losses that co-training recorded, to train the scorer on; without it the proxy's
+    own losses serve"""
+    clip: str = DEFAULT
+    """CLIP checkpoint: a directory or a hub name"""
+    image_reward: str | None = None
+    """the published weights, ImageReward.pt; without them there is no ImageReward score"""
+    image_reward_tokenizer: str = "google-bert/bert-base-uncased"
+    """tokenizer of its text encoder: a directory or a hub name"""
+    features: Literal["all", "clip", "scores"] = "all"
+    """what the scorer reads (table 7)"""
+    prepare: bool = False
+    """prepare co-training: choose the samples to train on, as `random` does, and cluster them"""
+    share: str = "0.2"
+    """p, samples to train the scorer on: a fraction of the pool or a count (table 13); with
+    --prepare it is --budget"""
+    draw: int = 0
+    """seed with which they are drawn: they are those of `select random --seed DRAW`"""
+    n_clusters: int = 20
+    """M, clusters of the drawn samples (table 8)"""
+    n_neighbours: int = 30
+    """neighbours of a sample in the graph that is clustered, as in the code"""
+    architecture: Architecture = "mlp"
+    """mlp; transformer: two blocks; attention: self- and cross-attention (table 12)"""
+    objective: Objective = "uncertainty"
+    """the loss (table 2): uncertainty, equation 14; importance, L_I alone; sum; weighted"""
+    balance: float = 0.5
+    """lambda of --objective weighted: lambda L_I + (1 - lambda) L_D"""
+    learning_rate: float = 2e-5
+    """peak learning rate of the scorer"""
+    scorer_batch: int = 64
+    """samples over which scores are a softmax; a trajectory has batches of its own"""
+    epochs: int = 2
+    """passes over the drawn samples"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_clusters", "n_neighbours", "epochs"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        if self.scorer_batch < 2:
+            raise UsageError("--scorer_batch: a softmax over a batch needs at least 2 samples")
+        if not 0 <= self.balance <= 1:
+            raise UsageError(f"--balance {self.balance}: is a share, 0 to 1")
+        if self.scorer and self.trajectory:
+            raise UsageError("--scorer needs no --trajectory: it is trained already")
+        if self.prepare and (self.scorer or self.trajectory):
+            raise UsageError("--prepare comes before --scorer and --trajectory: give one of them")
+        for name, path in self.files().items():
+            if not Path(path).is_file():
+                raise UsageError(f"--{name} {path}: no such file")
+
+    def files(self) -> dict[str, str]:
+        """The file of a scorer, or of the losses to train one on, by flag."""
+        named = {"scorer": self.scorer, "trajectory": self.trajectory}
+        return {name: path for name, path in named.items() if path}
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What a scorer is trained on: pool `rows` (n,), their features (n, F), their clusters (n,)."""
+
+    rows: np.ndarray
+    assembly: Assembly
+    features: np.ndarray
+    labels: np.ndarray
+
+    def artefacts(self) -> dict[str, np.ndarray]:
+        return {"training_rows": self.rows, "training_clusters": self.labels}
+
+    def __str__(self) -> str:
+        sizes = np.bincount(self.labels)
+        return f"{len(self.rows)} samples, {len(sizes)} clusters of {sizes.min()} to {sizes.max()}"
+
+
+class Coido(Method):
+    """Lowest score of a scorer that was trained for importance and diversity at once."""
+
+    Settings = Settings
+
+    def signals(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"clip": Clip(self.settings.clip)}
+        if self.settings.image_reward:
+            weights, words = self.settings.image_reward, self.settings.image_reward_tokenizer
+            found["image_reward"] = ImageReward(weights, words)
+        if self.settings.judge_url:
+            found["judge"] = _judge(self.settings)
+        return found
+
+    def files(self) -> dict[str, str]:
+        return self.settings.files()
+
+    def foreseen(self, pool: Pool) -> dict[str, Request]:
+        return self._losses(Context(pool))
+
+    def plan(self, context: Context, rng: np.random.Generator) -> Plan:
+        """The proxy's losses on the drawn samples, where they are what the scorer learns from."""
+        return Plan(self._losses(context))
+
+    def _losses(self, context: Context) -> dict[str, Request]:
+        settings = self.settings
+        if settings.scorer or settings.trajectory or settings.prepare:
+            return {}
+        rows = drawn(context, self._share(context.pool), settings.draw)
+        return {"forward": Request(Forward(), np.sort(rows))}
+
+    def score(self, context: Context, rng: np.random.Generator) -> Scored:
+        """Minus the scorer's logit, so that the most wanted sample is highest."""
+        if self.settings.prepare:
+            return self._prepared(context, rng)
+        artefacts: dict[str, Any] = {}
+        if self.settings.scorer:
+            scorer = Scorer.load(self.settings.scorer)
+            notes = [f"scorer of {self.settings.scorer}"]
+        else:
+            scorer, artefacts, notes = self._fit(context, rng)
+        absent = [name for name in SCORES if name not in scorer.assembly.scores]
+        if absent and self.settings.features != "clip":
+            notes.append(f"without {', '.join(absent)}")
+        scores = -score_pool(scorer, context, self._scores(context, scorer.assembly.scores))
+        scores[unusable(context)] = np.nan
+        return Scored(scores, artefacts, tuple(notes))
+
+    def select(self, context: Context, scores: np.ndarray, k: int) -> np.ndarray:
+        """The best of every source, sources in proportion, rounded by largest remainders."""
+        if self.settings.prepare:
+            return super().select(context, scores, k)
+        return RandomStratified().select(context, scores, k)
+
+    def _fit(
+        self, context: Context, rng: np.random.Generator
+    ) -> tuple[Scorer, dict[str, Any], list[str]]:
+        """A scorer trained on the drawn samples, what to keep of it, and what to say."""
+        settings = self.settings
+        rows = drawn(context, self._share(context.pool), settings.draw)
+        if settings.trajectory:
+            batches, rows = Trajectory.load(settings.trajectory).on(context.pool, rows)
+        else:
+            rows = rows[~np.isnan(context.values("forward", "nll_mean")[rows])]
+            losses = context.values("forward", "nll_mean")[rows]
+            order = list(shuffled_batches(len(rows), settings.scorer_batch, settings.epochs, rng))
+            batches = [(places, losses[places]) for places in order if len(places) > 1]
+        data, training = self._training_set(context, rows, rng)
+        scorer = Scorer.new(settings.architecture, data.assembly, training["seed"])
+        recipe = Recipe(len(batches), **training["recipe"])
+        curve, fitter = fit(scorer, recipe, data.features, data.labels, batches)
+        sigma = fitter.log_sigma.detach().exp().tolist()
+        artefacts = {
+            **data.artefacts(),
+            "training": {**training, "recipe": asdict(recipe), "sigma": sigma},
+            "losses": curve,
+            "scorer": scorer.packed({"sigma": sigma, **asdict(recipe)}),
+        }
+        return scorer, artefacts, [f"scorer trained on {data} in {len(batches)} steps"]
+
+    def _prepared(self, context: Context, rng: np.random.Generator) -> Scored:
+        """The random numbers that draw the samples, and what co-training needs of these."""
+        rows = drawn(context, context.k, self.settings.draw)
+        data, training = self._training_set(context, rows, rng)
+        artefacts = {**data.artefacts(), "training": training}
+        return Scored(draw_keys(context, self.settings.draw), artefacts, (f"to train on: {data}",))
+
+    def _training_set(
+        self, context: Context, rows: np.ndarray, rng: np.random.Generator
+    ) -> tuple[TrainingSet, dict[str, Any]]:
+        """Features and clusters of pool `rows` (n,), and how a scorer is trained on them."""
+        settings = self.settings
+        names = () if settings.features == "clip" else tuple(n for n in SCORES if self._has(n))
+        scores = {n: values[rows] for n, values in self._scores(context, names).items()}
+        reader = context.readers["clip"]
+        width = 0 if settings.features == "scores" else reader.columns[CLIP[0]].shape[0]
+        assembly = Assembly.fit(width, scores)
+        positions = np.searchsorted(reader.rows, rows)
+        features = assembly.rows([reader.take(name, positions) for name in CLIP], scores)
+        labels = clusters(features, settings.n_clusters, settings.n_neighbours)
+        training = {
+            "architecture": settings.architecture,
+            "assembly": asdict(assembly),
+            "seed": int(rng.integers(2**31)),
+            "recipe": {
+                "learning_rate": settings.learning_rate,
+                "objective": settings.objective,
+                "balance": settings.balance,
+            },
+        }
+        return TrainingSet(rows, assembly, features, labels), training
+
+    def _scores(self, context: Context, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Scores by pool row, (N,) each; UsageError for one that this run has no signal of."""
+        for name in names:
+            if _HOME.get(name) not in context.readers:
+                raise UsageError(f"--scorer {self.settings.scorer}: reads {name}; {_REMEDY[name]}")
+        return {name: context.values(_HOME[name], name) for name in names}
+
+    def _share(self, pool: Pool) -> int:
+        return budget_size(self.settings.share, len(pool))
+
+    def _has(self, name: str) -> bool:
+        return _HOME.get(name) in self.signals()
+
+
+_REMEDY = {
+    "clip_score": "it comes with CLIP",
+    "image_reward": "give --image_reward",
+    "llm_score": "give --judge_url",
+}
+
+
+def drawn(context: Context, n: int, draw: int) -> np.ndarray:
+    """Pool rows of the p %, in the order of their random keys, not of the pool, (n,) int64."""
+    keys = draw_keys(context, draw)
+    n_usable = int(np.count_nonzero(~np.isnan(keys)))
+    if min(n, n_usable) < 2:
+        raise DataError(f"{n} samples drawn of {n_usable} usable ones; a scorer needs more")
+    return np.argsort(-keys, kind="stable")[: min(n, n_usable)]
+
+
+def draw_keys(context: Context, draw: int) -> np.ndarray:
+    """The scores of `select random --seed DRAW`, (N,) float64; NaN for unusable samples."""
+    keys = Random().run(context, draw, dict).scores
+    keys[unusable(context)] = np.nan
+    return keys
+
+
+def unusable(context: Context) -> np.ndarray:
+    """Rows that a signal of the whole pool could not be computed for, (b,) int64."""
+    readers = (reader for name, reader in context.readers.items() if name != "forward")
+    return np.array(sorted({note["row"] for reader in readers for note in reader.bad}), np.int64)
+
+
+def clusters(features: np.ndarray, n_clusters: int, n_neighbours: int) -> np.ndarray:
+    """Spectral clusters of assembled rows (n, F), (n,) int32."""
+    try:
+        from selection.vectors.spectral import spectral_clusters
+    except ImportError as error:
+        raise UsageError(f"coido: {error}; pip install pyamg") from error
+    return spectral_clusters(features, n_clusters, n_neighbours)
+
+
+def fit(
+    scorer: Scorer,
+    recipe: Recipe,
+    features: np.ndarray,
+    labels: np.ndarray,
+    batches: list[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, Fitter]:
+    """Train on `batches` of (positions in `features` (n, F), losses in nats), in their order.
+
+    Returns L_I and L_D of every step, (steps, 2) float64, and the fitter.
+    """
+    fitter, curve = Fitter(scorer, recipe), []
+    rows, members = torch.from_numpy(features), torch.from_numpy(labels).long()
+    for places, losses in batches:
+        where = torch.from_numpy(places)
+        curve.append(fitter.step(rows[where], torch.tensor(losses).float(), members[where]))
+    return np.array(curve), fitter
+
+
+def score_pool(scorer: Scorer, context: Context, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Logits by pool row (N,) float64, reading the CLIP features once; NaN where there are none."""
+    reader = context.readers["clip"]
+    rows, found = reader.rows, np.full(len(context.pool), np.nan)
+
+    def logits(part: slice, halves: vectors.Parts) -> np.ndarray:
+        mine = {name: values[rows[part]] for name, values in scores.items()}
+        assembled = scorer.assembly.rows([half.numpy() for half in halves], mine)
+        return scorer.score(torch.from_numpy(assembled)).double().numpy()
+
+    for part, values in vectors.apply(reader, CLIP, logits, size=CHUNK):
+        found[rows[part]] = values
+    return found
+
+
+def _judge(settings: JudgeSettings) -> Any:
+    try:
+        from selection.signals.judge.judge import Judge
+    except ImportError as error:
+        raise UsageError(f"--judge_url: {error}; pip install openai tenacity") from error
+    names = JudgeSettings.__dataclass_fields__
+    return Judge(**{name: getattr(settings, name) for name in names})
