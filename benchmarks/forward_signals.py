@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava.data import Record
+from llava.records import Record
 from llava.tokens import IGNORE_INDEX
 from llava.vlm.base import Prepared, Vlm
 from selection.signals.attention_means import Blocks

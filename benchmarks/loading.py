@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 
 from llava.conversation import get_template
-from llava.data import Collator, ConversationDataset, load_records
+from llava.data import Collator, ConversationDataset
 from llava.images import ImageProcessor, open_image, pad_to_square
+from llava.records import load_records
 from llava.tokens import encode_conversation, load_tokenizer
 
 SAMPLES_A_SECOND = 665_298 / 36_000 / 8  # that a GPU trains on

@@ -12,96 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from llava.conversation import Template, check_turns
-from llava.errors import DataError, UsageError, run_main
+from llava.conversation import Template
+from llava.errors import DataError, run_main
 from llava.images import BadImage, ImageProcessor, open_image, shortened
+from llava.records import Record
 from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, Tokenizer, encode_conversation
 
-MAX_CHARACTERS = 2_000_000  # of one conversation; about 250 times what LLaVA-1.5 can read
-
-
 Item = dict[str, torch.Tensor | None]  # of `ConversationDataset`
-
-
-class Turn(msgspec.Struct, rename={"from_": "from"}, gc=False):
-    """One message, `from_` "human" or "gpt"."""
-
-    from_: str
-    value: str
-
-
-class Record(msgspec.Struct):
-    """One LLaVA sample. Unknown keys are ignored; `id` is opaque and need not be unique."""
-
-    conversations: list[Turn]
-    id: Any = None
-    image: str | None = None
-    """Path relative to the image folder; without this key (or null) the record is text-only."""
-
-    @property
-    def has_image(self) -> bool:
-        return self.image is not None
-
-    @property
-    def turns(self) -> list[tuple[str, str]]:
-        return [(turn.from_, turn.value) for turn in self.conversations]
-
-
-_DECODER = msgspec.json.Decoder(Record)
-
-
-def decode_record(raw: bytes | msgspec.Raw, where: str) -> Record:
-    """Read and check one record; DataError beginning with `where` (file and row) if it is bad."""
-    try:
-        record = _DECODER.decode(raw)
-        check_turns(record.turns)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, DataError) as error:
-        raise DataError(f"{where}: {error}{_remedy(error)}") from error
-    length = sum(len(turn.value) for turn in record.conversations)
-    if length > MAX_CHARACTERS:
-        raise DataError(f"{where}: {length} characters, more than {MAX_CHARACTERS}; split it")
-    return record
-
-
-def _remedy(error: Exception) -> str:
-    if isinstance(error, DataError):
-        return ""
-    if str(error).endswith("`$.image`"):
-        return "; image is one relative path, or the key is left out"
-    return '; a record is {"id", "image" (optional), "conversations": [{"from", "value"}, ...]}'
-
-
-def raw_records(path: str | Path) -> list[msgspec.Raw]:
-    """The records of a JSON list or of a file with one JSON object a line, undecoded.
-
-    Raises UsageError if the file cannot be read, DataError if it is neither or holds no record.
-    """
-    path = Path(path)
-    try:
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    if content.startswith(b"["):
-        try:
-            records = msgspec.json.decode(content, type=list[msgspec.Raw])
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise DataError(f"{path}: not JSON ({error})") from error
-    elif content.startswith(b"{"):
-        records = [msgspec.Raw(line) for line in content.split(b"\n") if line.strip()]
-    else:
-        raise DataError(f"{path}: expected a JSON list of records, or one record a line")
-    if not records:
-        raise DataError(f"{path}: holds no records")
-    return records
-
-
-def load_records(path: str | Path) -> list[Record]:
-    """All records of a file; DataError naming the file and row of the first bad one."""
-    return [decode_record(raw, f"{path}: row {i}") for i, raw in enumerate(raw_records(path))]
 
 
 class ConversationDataset(Dataset):

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.text import Text
 
 from llava.conversation import IMAGE_TOKEN, Segment, get_template, render
-from llava.data import Record, decode_record, raw_records
 from llava.errors import DataError, UsageError
 from llava.images import BadImage, open_image
+from llava.records import Record, decode_record, raw_records
 from llava.tokens import IGNORE_INDEX, Encoded, load_tokenizer, tokenize
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from llava.conversation import get_template
-from llava.data import Record, expand_image, load_records
+from llava.data import expand_image
 from llava.eval.question import Question, parse_question
 from llava.images import open_image
 from llava.model.checkpoint import Loaded
+from llava.records import Record, load_records
 from llava.tokens import encode_conversation
 from mini.samples import LETTER, LETTER_ZH
 

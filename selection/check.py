@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from llava import files
 from llava.conversation import get_template
-from llava.data import Record, expand_image
+from llava.data import expand_image
 from llava.errors import DataError, UsageError, UserError
 from llava.images import check_image, open_image
+from llava.records import Record
 from llava.tokens import IGNORE_INDEX, Tokenizer, encode_conversation
 from selection.pool.pool import Pool
 from selection.settings import PoolSettings

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import msgspec
 
-from llava.data import raw_records
 from llava.errors import DataError
 from llava.eval.tasks.base import Id, Item, Task
+from llava.records import raw_records
 
 
 class Answer(msgspec.Struct, gc=False):

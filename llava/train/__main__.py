@@ -17,11 +17,12 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from llava import ranks
 from llava.conversation import get_template
-from llava.data import Collator, ConversationDataset, load_records
+from llava.data import Collator, ConversationDataset
 from llava.errors import UsageError, UserError
 from llava.model.checkpoint import Loaded
 from llava.model.weights import write_json
 from llava.packing import PackingCollator
+from llava.records import load_records
 from llava.train import checkpoints, quantize, zero
 from llava.train.arguments import Arguments, check_machine, parse
 from llava.train.evaluation import is_evaluated

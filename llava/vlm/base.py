@@ -19,9 +19,9 @@ from llava.tokens import IGNORE_INDEX
 from llava.vlm.attention import LastRow
 
 if TYPE_CHECKING:
-    from llava.data import Record
     from llava.model.lora import LowRank
     from llava.model.moments import Moments
+    from llava.records import Record
 
 MIN_ROWS = 16
 """Below this, CPU matrix products use other kernels, with other rounding, than for many rows."""

@@ -21,8 +21,8 @@ from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_conver
 from llava.vlm.base import Prepared, Vlm
 
 if TYPE_CHECKING:
-    from llava.data import Record
     from llava.model.checkpoint import Loaded
+    from llava.records import Record
 
 
 class LlavaVlm(Vlm):

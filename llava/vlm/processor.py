@@ -24,7 +24,7 @@ from llava.tokens import IGNORE_INDEX
 from llava.vlm.base import Prepared, Vlm
 
 if TYPE_CHECKING:
-    from llava.data import Record
+    from llava.records import Record
 
 ROLES = {"human": "user", "gpt": "assistant"}
 SAFELY = {"local_files_only": True, "trust_remote_code": False}  # no code out of a checkpoint

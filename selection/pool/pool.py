@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import mmap
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,9 +19,8 @@ import msgspec
 import numpy as np
 import xxhash
 
-from llava.data import Record, decode_record
 from llava.errors import DataError, UsageError
-from selection.pool.scan import line_number, split
+from llava.records import Record, decode_record, find_records, line_number, map_file
 
 MAX_RECORD_BYTES = 16 * 2**20
 MAX_TURNS = 10_000
@@ -69,20 +67,12 @@ def source_of(record: Record, named: Any = None) -> str:
             if slash and folder
             else "unknown"
         )
-    text = first_human(record)
+    text = record.first_human
     if "option's letter" in text:
         return "aokvqa"
     if "bounding box coordinate" in text or "short description for this region" in text:
         return "refcoco"
     return "vqav2+okvqa" if "single word or phrase" in text else "llava_instruct"
-
-
-def first_human(record: Record) -> str:
-    """Text of the first human turn, with its `<image>` placeholder."""
-    for turn in record.conversations:
-        if turn.from_ == "human":
-            return turn.value
-    return ""
 
 
 @dataclass
@@ -116,10 +106,12 @@ class Pool:
         path = Path(path)
         if limit is not None and limit < 1:
             raise UsageError(f"limit {limit}: give a positive number of records")
-        buffer = _map(path)
+        if not path.exists():
+            raise UsageError(f"{path}: no such pool file: check --pool")
+        buffer = map_file(path)
         with ThreadPoolExecutor(1) as executor:  # hashing runs beside the parser
             digest = executor.submit(lambda: hashlib.sha256(buffer).hexdigest())
-            starts, ends, is_list = split(buffer, path)
+            starts, ends, is_list = find_records(buffer, path, "conversations")
             index = _Index(buffer, path, starts[:limit], ends[:limit], is_list)
         return cls(
             path=path,
@@ -150,7 +142,7 @@ class Pool:
 
     def first_human(self, row: int) -> str:
         """Text of the first human turn; raises DataError for a row in `bad`."""
-        return first_human(self.record(row))
+        return self.record(row).first_human
 
     def id(self, row: int) -> Any:
         """The record's own `id` (opaque, may repeat); None where there is none."""
@@ -179,7 +171,7 @@ class Pool:
         return {**self.__dict__, "_buffer": None}  # a process that is spawned maps the file again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _buffer=_map(state["path"]))
+        self.__dict__.update(state, _buffer=map_file(state["path"]))
 
 
 class _Id(msgspec.Struct):
@@ -265,18 +257,3 @@ def _alternates(record: Record) -> bool:
     """The common case, in which `decode_record` has nothing to object to."""
     roles = [turn.from_ for turn in record.conversations]
     return roles == _ROLES[: len(roles)] != []
-
-
-def _map(path: Path) -> mmap.mmap | bytes:
-    """The file's bytes without reading them into memory."""
-    if not path.exists():
-        raise UsageError(f"{path}: no such pool file: check --pool")
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder: name the JSON file in it")
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError:  # an empty file cannot be mapped
-        raise DataError(f"{path}: the file is empty: the pool needs at least one record") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read: {error.strerror}") from error

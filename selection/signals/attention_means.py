@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava.data import Record, Turn
+from llava.records import Record, Turn
 from llava.vlm.base import Batch, ForwardOut, Vlm
 from selection.signals.onepass import OnePass
 from selection.store.store import Column

@@ -13,7 +13,7 @@ from llava.vlm.base import Vlm
 from selection.store.store import Column
 
 if TYPE_CHECKING:
-    from llava.data import Record
+    from llava.records import Record
     from selection.pool.pool import Pool
     from selection.store.store import StoreReader
 

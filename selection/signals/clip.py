@@ -30,7 +30,7 @@ from selection.signals.clip_models import AnyClip, checkpoint_content, load_clip
 from selection.store.store import Column, StoreReader
 
 if TYPE_CHECKING:
-    from llava.data import Record
+    from llava.records import Record
     from selection.pool.pool import Pool
 
 DEFAULT = "openai/clip-vit-large-patch14"

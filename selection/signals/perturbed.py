@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from llava.conversation import check_turns
-from llava.data import Turn
+from llava.records import Turn
 from llava.errors import UsageError
 from llava.eval.question import MAX_ORDERS, SYMBOLS
 from llava.vlm.base import Prepared, Vlm

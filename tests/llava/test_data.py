@@ -17,17 +17,14 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from llava.conversation import get_template
 from llava.data import (
-    MAX_CHARACTERS,
     Collator,
     ConversationDataset,
     ModalityLengthSampler,
-    decode_record,
     expand_image,
-    load_records,
-    raw_records,
 )
 from llava.errors import DataError, UsageError
 from llava.images import BadImage, ImageProcessor
+from llava.records import MAX_CHARACTERS, decode_record, load_records, raw_records
 from llava.show import parser, show
 from llava.tokens import (
     IGNORE_INDEX,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from llava.conversation import TEMPLATES
-from llava.data import Record, Turn
 from llava.model.assemble import assemble
 from llava.model.checkpoint import wrap
+from llava.records import Record, Turn
 from mini import SHIPPED
 from mini.accuracy import Accuracy, accuracy, load_questions
 from mini.samples import LETTER, multiple_choice

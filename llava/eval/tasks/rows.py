@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from llava.data import raw_records
 from llava.errors import DataError, UsageError
 from llava.eval.tasks.base import Id
+from llava.records import raw_records
 
 SHORT = "Answer the question using a single word or phrase."
 """LLaVA's instruction for short answers, a line of its own after the question"""

@@ -15,10 +15,11 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from llava.conversation import get_template
-from llava.data import Collator, ConversationDataset, Item, Record
+from llava.data import Collator, ConversationDataset, Item
 from llava.errors import DataError
 from llava.model.checkpoint import Loaded
 from llava.packing import PackingCollator
+from llava.records import Record
 from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_conversation
 from llava.train.arguments import TrainingArguments
 from llava.train.trainer import EpochSampler

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llava.data import Record, load_records
 from llava.errors import UsageError
 from llava.model.checkpoint import Loaded
+from llava.records import Record, load_records
 from llava.train import zero
 from llava.train.arguments import Arguments, TrainingArguments
 from llava.train.checkpoints import KEPT_AT_LEAST

@@ -24,7 +24,7 @@ from selection.signals.judge.settings import JudgeSettings
 from selection.store.store import Column
 
 if TYPE_CHECKING:
-    from llava.data import Record
+    from llava.records import Record
     from selection.pool.pool import Pool
     from selection.store.store import StoreReader
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from llava.data import Record, Turn
 from llava.errors import DataError
+from llava.records import Record, Turn
 from llava.tokens import IGNORE_INDEX, load_tokenizer
 from llava.vlm import LlavaVlm, load_vlm
 from tests.tiny_models import BUILDERS, save_llava, save_smolvlm

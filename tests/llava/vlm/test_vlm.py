@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from llava.conversation import get_template
-from llava.data import Record, Turn
 from llava.errors import DataError, UsageError
+from llava.records import Record, Turn
 from llava.tokens import IGNORE_INDEX, encode_conversation
 from llava.vlm import LlavaVlm, ProcessorVlm, load_vlm, padded_length
 from llava.vlm.base import MIN_ROWS, StableRows

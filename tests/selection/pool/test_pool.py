@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data import Turn
 from llava.errors import DataError, UsageError
+from llava.records import Turn
 from selection.pool import pool as pool_module
 from selection.pool.pool import MAX_RECORD_BYTES, Pool, source_of
 

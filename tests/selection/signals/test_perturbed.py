@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.data import Record, Turn
 from llava.errors import DataError, UsageError
+from llava.records import Record, Turn
 from llava.tokens import IGNORE_INDEX
 from llava.vlm import load_vlm
 from llava.vlm.base import Prepared
