@@ -25,18 +25,6 @@ def test_one_process_needs_no_group():
     assert ranks.is_first and ranks.from_first(lambda: 7) == 7 and ranks.share("x") == "x"
 
 
-def test_a_process_leaves_its_group(free_port):
-    """Alone and with nothing to leave it does nothing; in a group it is out of it."""
-    work = (
-        "from llava.ranks import leave; leave()\n"
-        "import torch.distributed as dist\n"
-        "dist.init_process_group('gloo', rank=0, world_size=1)\n"
-        "leave(); assert not dist.is_initialized()\n"
-    )
-    meeting = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port)}
-    subprocess.run([sys.executable, "-c", work], check=True, env=meeting)
-
-
 def test_first_rank_decides(free_port):
     """Two processes of their own; rank 0 holds what they meet in, so it leaves last."""
     work = (
