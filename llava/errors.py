@@ -1,16 +1,16 @@
-"""Errors a user can act on: one line with the place, the value and the remedy, and an exit code."""
+"""Errors a user can act on: one line with the place, the value and the remedy, and an exit code.
+
+`llava.launch.process` says that line and ends with that code.
+"""
 
 from __future__ import annotations
-
-import os
-import sys
-from collections.abc import Callable
 
 
 class UserError(Exception):
     """Base of everything that is not a bug. `str(error)` is one clear line."""
 
     exit_code = 2
+    prefix = "error: "
 
 
 class UsageError(UserError):
@@ -43,20 +43,15 @@ class RefusedError(UserError):
     exit_code = 77
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Call `main` and turn a `UserError` into one line on stderr and its exit code.
+class Preempted(UserError):
+    """Ended by a signal with everything saved; the same command goes on (exit 75)."""
 
-    A reader that has gone, as in `... | head`, ends the program quietly (exit 141).
-    """
-    try:
-        main()
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
-        sys.exit(141)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+    exit_code = 75
+    prefix = ""
+
+
+class Interrupted(UserError):
+    """Ended from the keyboard (exit 130)."""
+
+    exit_code = 130
+    prefix = ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from llava.errors import UsageError, run_main
+from llava.errors import UsageError
+from llava.launch import process
 
 VERBS = {  # verb -> (module with a `main(args)`, what it does)
     "build": ("mini.build", "make the pool and the evaluation sets"),
@@ -32,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    process(main)

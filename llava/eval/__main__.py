@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llava.errors import DataError, run_main
+from llava.errors import DataError
 from llava.eval.answers import Answers, Matched, match, read_answers
 from llava.eval.tasks import find_task
 from llava.flags import read_flags, run_verb
+from llava.launch import process
 
 VERBS = ("run", "score", "attack", "table", "plot")
 
@@ -61,7 +62,7 @@ class AttackSettings:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one verb; UserError is left to `run_main`."""
+    """Run one verb; UserError is left to `process`."""
     run_verb(argv, __doc__, {verb: globals()[f"run_{verb}"] for verb in VERBS})
 
 
@@ -162,4 +163,4 @@ def _some(ids: Sequence[int | str]) -> str:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    process(main)

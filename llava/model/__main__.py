@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from llava.errors import run_main
+from llava.launch import process
 from llava.model.convert import TARGETS, convert, merge
 from llava.model.inspection import as_json, as_text, examine
 
@@ -69,7 +69,7 @@ def _verb(verbs: argparse._SubParsersAction, name: str, about: str) -> argparse.
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one verb; UserError is left to `run_main`."""
+    """Run one verb; UserError is left to `process`."""
     arguments = parser().parse_args(argv)
     if arguments.verb == "inspect":
         report = examine(arguments.path, arguments.model_base)
@@ -86,4 +86,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    process(main)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import TrainerState
 
 from llava import ranks
-from llava.train.interrupt import LeaveSignals
+from llava.train.interrupt import LoaderProcess
 
 
 def held_out_loss(
@@ -60,7 +60,7 @@ def _batches(
         batch_sampler=_positions([len(chunk) or 1 for chunk in chunks]),
         collate_fn=collate,
         num_workers=n_workers,
-        worker_init_fn=LeaveSignals(),
+        worker_init_fn=LoaderProcess(),
         generator=torch.Generator(),  # or the loader would draw from the global one
     )
     return zip(batches, [bool(chunk) for chunk in chunks], strict=True)

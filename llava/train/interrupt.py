@@ -16,18 +16,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from llava import ranks
-from llava.errors import UserError
+from llava import children, ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Launchers and schedulers both pass a signal on: what comes this soon is the first one again.
 SAME_SIGNAL = 3.0  # seconds
-
-
-class Preempted(UserError):
-    """Ended by a signal with everything saved; the same command goes on (exit 75)."""
-
-    exit_code = 75
 
 
 class Interrupt:
@@ -38,8 +31,8 @@ class Interrupt:
         self._since = 0.0
 
     def __enter__(self) -> Interrupt:
-        self._mine = threading.current_thread() is threading.main_thread()
-        if not self._mine:  # a program of its own decides what signals mean
+        self._listens = threading.current_thread() is threading.main_thread()
+        if not self._listens:  # a program of its own decides what signals mean
             return self
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
@@ -50,7 +43,7 @@ class Interrupt:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._mine:
+        if not self._listens:
             return
         for number, handler in self._former.items():
             signal.signal(number, handler)
@@ -80,16 +73,18 @@ def _nothing(number: int, frame: Any) -> None:
     """Stands as the handler; the thread is woken through the file descriptor."""
 
 
-class LeaveSignals:
-    """What a loader process does first: leave signals to its parent, whose pipe it inherited.
+class LoaderProcess:
+    """What a loader process does first: leave signals to its parent, and end when that ends.
 
-    A scheduler signals every process of a job; PyTorch's loaders would end, and the run fail.
+    A scheduler signals every process of a job; PyTorch's loaders would end, and the run fail. They
+    would also hear them through the pipe of the parent, which they inherit.
     """
 
     def __init__(self, then: Callable[[int], None] | None = None) -> None:
-        self.then = then
+        self.parent, self.then = os.getpid(), then
 
     def __call__(self, worker: int) -> None:
+        children.end_with(self.parent)
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)

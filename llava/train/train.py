@@ -6,7 +6,8 @@ from pathlib import Path
 # A file that is run finds the modules beside it, not the package it belongs to.
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from llava.train.__main__ import main, program  # noqa: E402
+from llava.launch import process  # noqa: E402
+from llava.train.__main__ import main  # noqa: E402
 
 if __name__ == "__main__":
-    program(lambda: main(attention="sdpa"))
+    process(lambda: main(attention="sdpa"))

@@ -13,7 +13,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch  # noqa: E402
 
 from llava import ranks  # noqa: E402
-from llava.train.__main__ import main, program  # noqa: E402
+from llava.launch import process  # noqa: E402
+from llava.train.__main__ import main  # noqa: E402
 
 
 def lean_attention() -> str:
@@ -27,4 +28,4 @@ def lean_attention() -> str:
 
 
 if __name__ == "__main__":
-    program(lambda: main(attention=lean_attention()))
+    process(lambda: main(attention=lean_attention()))

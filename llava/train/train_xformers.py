@@ -12,7 +12,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402
 
-from llava.train.__main__ import main, program  # noqa: E402
+from llava.launch import process  # noqa: E402
+from llava.train.__main__ import main  # noqa: E402
 
 
 def memory_efficient() -> None:
@@ -23,4 +24,4 @@ def memory_efficient() -> None:
 
 
 if __name__ == "__main__":
-    program(memory_efficient)
+    process(memory_efficient)

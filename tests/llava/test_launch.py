@@ -1,4 +1,4 @@
-"""What a scheduler sees of `python -m llava.launch`: signals in, exit codes out."""
+"""How programs end: one line and a code; what a scheduler sees of a launch: signals in, codes out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from llava import errors
+from llava.launch import process
 
 RANK = """
 import os, signal, sys, time
@@ -63,3 +66,27 @@ def test_signals_reach_every_rank(command, deed):
     os.kill(process.pid, signal.SIGUSR1)
     process.communicate(timeout=20)  # torchrun would give up at 30
     assert process.returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("UsageError", 2), ("DataError", 65), ("NonFiniteError", 70), ("StorageError", 74)]
+    + [("RefusedError", 77)],
+)
+def test_a_user_error_is_one_line_and_its_code(error, code, capsys):
+    def main():
+        raise getattr(errors, error)("what it was")
+
+    with pytest.raises(SystemExit) as ended:
+        process(main)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == "error: what it was\n"
+
+
+def test_a_reader_that_goes_away_ends_a_program_quietly():
+    """`selection list | head`, with a reader that is gone before the first line."""
+    command = [sys.executable, "-m", "selection", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        started.stdout.close()
+        assert started.stderr.read() == b""
+    assert started.returncode == 141

@@ -31,7 +31,8 @@ from transformers import TrainerCallback
 from llava import ranks
 from llava.errors import UsageError
 from llava.files import atomic_write
-from llava.train.__main__ import program, train
+from llava.launch import process
+from llava.train.__main__ import train
 from llava.train.arguments import parse
 from llava.train.trainer import LlavaTrainer
 from selection.methods.coido.features import CLIP, Assembly
@@ -237,4 +238,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program(main)
+    process(main)

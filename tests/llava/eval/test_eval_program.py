@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import llava.eval.tasks
-from llava.errors import run_main
 from llava.eval.__main__ import main
+from llava.launch import process
 
 FIXTURE = Path(__file__).parents[3] / "mini" / "fixture" / "eval"
 TOY = '''
@@ -58,7 +58,7 @@ def score(toy, tmp_path, capsys):
         path.write_text(lines(answers))
         words = ["score", "--benchmark", benchmark, "--data", str(toy), "--answers", str(path)]
         try:
-            run_main(lambda: main([*words, *flags]))
+            process(lambda: main([*words, *flags]))
             code = 0
         except SystemExit as end:
             code = end.code

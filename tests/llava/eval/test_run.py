@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from llava.errors import DataError, UsageError, run_main
+from llava.errors import DataError, UsageError
 from llava.eval.__main__ import main
 from llava.eval.records import read_attacks
 from llava.eval.run import Evaluation, RunSettings
 from llava.images import BadImage
+from llava.launch import process
 from tests.faults import faulty_os
 from tests.llava.eval.small import save_mmbench, save_pope
 from tests.tiny_models import save_llava
@@ -269,7 +270,7 @@ def test_two_processes_of_a_launch(again, reference, tmp_path):
 def test_a_signal_leaves_what_is_finished(again, tmp_path, number):
     """130 for ^C; the shell calls the end by SIGTERM 143."""
     settings = again(data=str(save_mmbench(tmp_path / "many", 60, rotations=1)))
-    pid = start(lambda: run_main(lambda: Evaluation(settings).execute()))
+    pid = start(lambda: process(lambda: Evaluation(settings).execute()))
     out = Path(settings.out)
     while not (out / "parts" / "0.jsonl").exists():
         time.sleep(0.01)
@@ -326,7 +327,7 @@ def told(capsys):
 
     def run(*words):
         with pytest.raises(SystemExit) as end:
-            run_main(lambda: main([str(word) for word in words]))
+            process(lambda: main([str(word) for word in words]))
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1
         return end.value.code, err

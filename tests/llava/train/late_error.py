@@ -6,7 +6,8 @@ import os
 import signal
 from typing import Any
 
-from llava.train.__main__ import main, program
+from llava.launch import process
+from llava.train.__main__ import main
 
 
 def fail(*_: Any) -> None:
@@ -19,4 +20,4 @@ def failing() -> None:
     main()
 
 
-program(failing)
+process(failing)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava.errors import StorageError, run_main
+from llava.errors import StorageError
+from llava.launch import process
 from selection.pool.pool import Pool
 from selection.ranks import Ranks
 from selection.run import extract_signal
@@ -87,7 +88,7 @@ def test_without_room_there_is_one_line_and_the_next_run_goes_on(world, whole, t
         most = {"clip": 2500, "image_reward": 350}[name]
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         try:
-            run_main(lambda: world.extract(name, tmp_path))
+            process(lambda: world.extract(name, tmp_path))
         except SystemExit as end:
             os._exit(end.code)
 

@@ -8,10 +8,10 @@ import json
 
 import pytest
 
-from llava.errors import run_main
 from llava.eval.__main__ import main
 from llava.eval.numbers import COLUMNS
 from llava.eval.show.table import Group, Table, render
+from llava.launch import process
 
 TABLE = Table(
     [
@@ -73,7 +73,7 @@ def program(capsys):
 
     def run(*words):
         try:
-            run_main(lambda: main(list(map(str, words))))
+            process(lambda: main(list(map(str, words))))
             code = 0
         except SystemExit as end:
             code = end.code

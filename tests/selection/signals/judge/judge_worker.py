@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from llava.errors import run_main
+from llava.launch import process
 from selection.pool.pool import Pool
 from selection.ranks import Ranks
 from selection.run import extract_signal
@@ -28,4 +28,4 @@ def main() -> None:
     extract_signal(signal, np.arange(len(pool)), pool, PoolSettings(path), proxy, Ranks())
 
 
-run_main(main)
+process(main)

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava.errors import DataError, StorageError, UsageError, UserError, run_main
+from llava.errors import DataError, StorageError, UsageError, UserError
+from llava.launch import process
 from selection.pool.pool import Pool
 from selection.ranks import Ranks
 from selection.run import extract_signal
@@ -339,7 +340,7 @@ def test_without_room_for_an_answer_what_was_committed_is_not_paid_again(ask, tm
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, 64 * 1024))
         try:
-            run_main(lambda: ask(judge, concurrency=3))
+            process(lambda: ask(judge, concurrency=3))
         except SystemExit as end:
             os._exit(end.code)
 
