@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -89,16 +89,34 @@ def normalised(argv: list[str], groups: tuple[type, ...]) -> list[str]:
     return out
 
 
-def run_verb(argv: list[str] | None, about: str, verbs: Mapping[str, Callable]) -> None:
+def flag_values(argv: Sequence[str]) -> dict[str, str]:
+    """Flags in `argv` with their values as text, for those who only look whether one is given.
+
+    The last of a kind counts; `--a-b`, `--a_b` and `--a-b=value` are one flag, several values are
+    joined by a space, and a flag without one is "true".
+    """
+    values: dict[str, list[str]] = {}
+    name = None
+    for word in argv:
+        if word.startswith("--"):
+            flag, equals, value = word[2:].partition("=")
+            name = flag.replace("-", "_")
+            values[name] = [value] if equals else []
+        elif name is not None:
+            values[name].append(word)
+    return {name: " ".join(words) if words else "true" for name, words in values.items()}
+
+
+def run_verb(argv: list[str] | None, about: str, verbs: Mapping[str, Callable]) -> Any:
     """Hand `argv` (None: the command line's) to the verb it begins with; without one, say `about`.
 
-    Raises UsageError for another word.
+    Returns what the verb returns. Raises UsageError for another word.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(about.strip())
-        return
+        return None
     verb, *rest = argv
     if verb not in verbs:
         raise UsageError(f"{verb!r} is not a verb; choose one of {', '.join(verbs)}")
-    verbs[verb](rest)
+    return verbs[verb](rest)

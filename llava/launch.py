@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
@@ -43,8 +43,8 @@ _AFTER_OTHERS = 5  # seconds: the launcher names the process that it sees end fi
 # ---- starting ------------------------------------------------------------------------------------
 
 
-def n_processes() -> int:
-    """How many processes a launch on this machine has: NPROC, else one a GPU, else one.
+def n_processes(without_gpu: int = 1) -> int:
+    """How many processes a launch on this machine has: NPROC, else one a GPU, else `without_gpu`.
 
     Raises UsageError if NPROC is not a positive number.
     """
@@ -52,26 +52,31 @@ def n_processes() -> int:
     if told is None or told == "":
         import torch
 
-        return max(torch.cuda.device_count(), 1)
+        return torch.cuda.device_count() or without_gpu
     if not told.isdecimal() or int(told) < 1:
         raise UsageError(f"NPROC={told}: give a number of at least 1")
     return int(told)
 
 
-def launch(module: str, argv: Sequence[str], processes: int | None = None) -> int:
+def launch(
+    module: str,
+    argv: Sequence[str],
+    processes: int | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> int:
     """Run `python -m module argv` in `processes` processes, by default `n_processes()`.
 
-    The environment's TORCHRUN_ARGS are torchrun's flags, for several machines; without them a
-    single process needs no torchrun. Returns the exit code, 128 and its number after a signal.
-    SIGTERM and SIGUSR1 are handed on, and what runs ends with this process.
+    TORCHRUN_ARGS of `environ`, in which they run, are torchrun's flags, for several machines;
+    without them a single process needs no torchrun. Returns the exit code, 128 and its number after
+    a signal. SIGTERM and SIGUSR1 are handed on, and what runs ends with this process.
     """
-    flags = os.environ.get("TORCHRUN_ARGS", "").split()
+    flags = environ.get("TORCHRUN_ARGS", "").split()
     processes = processes or n_processes()
     words = ["-m", module, *argv]
     if processes > 1 or flags:
         flags = [*(flags or ["--standalone"]), "--nproc_per_node", str(processes)]
         words = ["-m", "llava.launch", *flags, *words]
-    with subprocess.Popen(children.bound([sys.executable, *words])) as child:
+    with subprocess.Popen(children.bound([sys.executable, *words]), env=environ) as child:
         with _handing_on(lambda number, _: child.send_signal(number)):
             code = _ended(child)
     return code if code >= 0 else 128 - code
