@@ -2,17 +2,23 @@
 
 Every write is `open, write, fsync, rename, fsync of the folder` through the `os` module imported
 here, so that `tests/faults.py` can make any one of those calls fail or kill the process at it.
+What a library writes by itself (safetensors, PyTorch) it writes to a name that `writing` gives.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from llava.errors import StorageError
 
@@ -28,17 +34,50 @@ _REMEDY = {
 }
 
 
+_CONTINUE = "then run the same command again, everything finished so far is kept"
+# What libraries make of an error of the disk: safetensors' text ends in its number.
+_NUMBER = re.compile(r"\(os error (\d+)\)")
+_PYTORCH = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos")
+
+
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an `OSError` from writing `path` into a `StorageError` that says what to do."""
+def storage_errors(path: Path, advice: str = _CONTINUE) -> Iterator[None]:
+    """Turn what the disk refuses while `path` is written into a `StorageError` with the remedy.
+
+    That is an `OSError`, or what safetensors and PyTorch raise in its place.
+    """
     try:
         yield
-    except OSError as error:
-        remedy = _REMEDY.get(error.errno, error.strerror or str(error))
-        raise StorageError(
-            f"{path}: cannot write: {remedy}; then run the same command again, "
-            "everything finished so far is kept"
-        ) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = _refusal(error, path)
+        if reason is None:
+            raise
+        raise StorageError(f"{path}: cannot write: {reason}; {advice}") from error
+
+
+def _refusal(error: Exception, path: Path) -> str | None:
+    if isinstance(error, RuntimeError):  # PyTorch's archive writer drops the cause
+        free = shutil.disk_usage(path.parent).free / 2**20
+        text = f"PyTorch could not write a file ({free:,.0f} MiB are free)"
+        return text if _PYTORCH.search(str(error)) else None
+    number = getattr(error, "errno", None)
+    if told := _NUMBER.search(str(error)):
+        number = int(told[1])
+    return _REMEDY.get(number, getattr(error, "strerror", None) or str(error))
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """Give a temporary name; what is written and synced there appears at `path` at once."""
+    temp = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    with storage_errors(path):
+        try:
+            yield temp
+            os.replace(temp, path)
+        except BaseException:
+            remove(temp)
+            raise
+        sync(path.parent)
 
 
 def atomic_write(path: str | Path, data: bytes | Iterable[bytes]) -> None:
@@ -47,16 +86,46 @@ def atomic_write(path: str | Path, data: bytes | Iterable[bytes]) -> None:
     A large file may be given piece by piece. Raises `StorageError` when the disk is full,
     read-only or faulty; the old file is then intact.
     """
+    with _appearing(Path(path)) as temp:
+        _write_synced(temp, [data] if isinstance(data, bytes) else data, os.O_EXCL)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """As `atomic_write`, for a library that writes a file itself: gives the name to write to.
+
+    The folder of `path` is made where it is missing.
+    """
     path = Path(path)
-    temp = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    with storage_errors(path):
+    make_folder(path.parent)
+    with _appearing(path) as temp:
+        yield temp
+        sync(temp)
+
+
+@contextmanager
+def writing_folder(path: Path, advice: str) -> Iterator[Path]:
+    """Give a folder to write to; it then appears as `path`, absent or empty, at once.
+
+    Nothing stays of a failure, and what a killed process has left is overwritten. Raises
+    `StorageError`, which ends with `advice`.
+    """
+    temp = path.with_name(f".{path.name}.partial")
+    with storage_errors(path, advice):
         try:
-            _write_synced(temp, [data] if isinstance(data, bytes) else data, os.O_EXCL)
+            shutil.rmtree(temp, ignore_errors=True)
+            os.makedirs(temp)
+            yield temp
             os.replace(temp, path)
-        except OSError:
-            remove(temp)
-            raise
-        sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+        sync(path.parent)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys, at once or not at all; makes its folder."""
+    make_folder(Path(path).parent)
+    atomic_write(path, f"{json.dumps(value, indent=2, sort_keys=True)}\n".encode())
 
 
 def append_line(path: str | Path, line: bytes) -> None:
@@ -70,7 +139,7 @@ def append_line(path: str | Path, line: bytes) -> None:
         new = not path.exists()
         _write_synced(path, [b"\n" + line + b"\n"], os.O_APPEND)
         if new:
-            sync_folder(path.parent)
+            sync(path.parent)
 
 
 def make_folder(path: str | Path) -> None:
@@ -102,9 +171,9 @@ def is_temporary(path: Path) -> bool:
     return _TEMP.search(path.name) is not None
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the content of a file, or a rename inside a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

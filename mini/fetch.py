@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from llava.errors import DataError, RefusedError, StorageError
-from llava.files import make_folder, storage_errors, sync_folder
+from llava.files import make_folder, storage_errors, sync
 from mini.packages import PACKAGES, Package
 
 REGISTRIES = ("pypi", "npm", "debian")
@@ -154,7 +154,7 @@ def _place(package: Package, folder: Path) -> str:
         with storage_errors(target):
             _sync(archive)
             os.replace(archive, target)
-            sync_folder(folder)
+            sync(folder)
         return ""
     except _Unavailable as error:
         return str(error)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from llava.files import write_json
 from llava.model import checkpoint, lora
-from llava.model.weights import write_json
 
 RANK, ALPHA = 4, 8
 

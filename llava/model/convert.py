@@ -14,10 +14,8 @@ whatever the model's size. The result appears whole, or not at all.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +25,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlavaConfig
 
-from llava.errors import StorageError, UsageError
+from llava.errors import UsageError
+from llava.files import write_json, writing, writing_folder
 from llava.model import lora
 from llava.model.checkpoint import Loaded, outline
 from llava.model.export import original_config, save_hf, save_original, save_projector, tower_name
 from llava.model.projector import DEFAULT_TYPE, type_in
 from llava.model.sources import SETTINGS_FILE, Kind, inspect, settings_in
-from llava.model.weights import PROJECTOR, State, find_directory, read_json, write_json, writing
+from llava.model.weights import PROJECTOR, State, find_directory, read_json
 
 _WHOLE = {"hf": save_hf, "original": save_original, "projector": save_projector}
 _ADAPTERS = ("hf-lora", "lora")
@@ -98,19 +97,8 @@ def whole_directory(out: Path) -> Iterator[Path]:
     out = out.expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty; give another --out or remove it")
-    temp = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(temp, ignore_errors=True)  # of a run that was killed
-        temp.mkdir(parents=True)
-        yield temp
-        os.replace(temp, out)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise StorageError(
-            f"{out}: cannot write: {reason}; give --out on another disk or check its permissions"
-        ) from error
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
+    with writing_folder(out, "give --out on another disk or check its permissions") as folder:
+        yield folder
 
 
 def _convert_lora(

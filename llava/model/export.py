@@ -30,12 +30,13 @@ from transformers import (
 )
 
 from llava.errors import UsageError
+from llava.files import atomic_write, write_json, writing
 from llava.images import ImageProcessor
 from llava.model import lora
 from llava.model.assemble import EMBEDDING, OUTPUT
 from llava.model.projector import DEFAULT_TYPE, type_of
 from llava.model.sources import FEATURES, PREPROCESSOR, PROJECTOR_FILE, SETTINGS_FILE
-from llava.model.weights import PROJECTOR, State, classic_name, original_name, write_json, writing
+from llava.model.weights import PROJECTOR, State, classic_name, original_name
 
 if TYPE_CHECKING:
     from llava.model.checkpoint import Loaded
@@ -244,8 +245,7 @@ def _without_words(value: dict[str, Any]) -> dict[str, Any]:
 def _write_inputs(loaded: Loaded, folder: Path, tokenizer: dict[str, bytes] | None = None) -> None:
     """Write what turns samples into inputs, and the ids that end an answer."""
     for name, content in (tokenizer or loaded.tokenizer_files).items():
-        with writing(folder / name) as temp:
-            temp.write_bytes(content)
+        atomic_write(folder / name, content)
     if loaded.image_processor is not None:
         write_json(folder / PREPROCESSOR, _preprocessor(loaded.image_processor))
     write_settings(loaded, folder)

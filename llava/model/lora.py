@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llava.errors import UsageError
+from llava.files import write_json, writing
 from llava.model.projector import with_projector
 from llava.model.weights import (
     LANGUAGE,
@@ -29,8 +30,6 @@ from llava.model.weights import (
     original_name,
     read_json,
     read_tensors,
-    write_json,
-    writing,
 )
 
 ADAPTER_CONFIG = "adapter_config.json"

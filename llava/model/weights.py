@@ -8,7 +8,6 @@ Every layout of LLaVA keys is renamed to the one transformers 5 uses in memory:
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -303,32 +302,3 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to; the whole file then appears at `path` at once.
-
-    A full, read-only or faulty disk becomes a StorageError and leaves no part behind.
-    """
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temp
-            with temp.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temp, path)
-        finally:
-            temp.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            reason = "the disk is full: free some space"
-        raise StorageError(f"{path}: cannot write: {reason}") from error
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` as indented JSON with sorted keys, at once or not at all."""
-    with writing(path) as temp:
-        temp.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

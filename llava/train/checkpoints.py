@@ -14,20 +14,19 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
 
 from llava import ranks
-from llava.errors import RefusedError, StorageError
-from llava.model.weights import write_json
+from llava.errors import RefusedError
+from llava.files import storage_errors, sync, write_json
 
 MARKER = "COMPLETE"
 KEPT_AT_LEAST = 2
+GOES_ON = "make room and run the same command again, the checkpoint before it is whole"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _OF_A_RANK = re.compile(r"(?:rank_|rng_state_)(\d+)")
-_OF_ARCHIVE = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos")
 _BLOCK = 1 << 22
 
 
@@ -36,45 +35,32 @@ def step_of(folder: Path) -> int:
     return int(_NAME.fullmatch(folder.name)[1])
 
 
-@contextmanager
-def written_to(folder: Path) -> Iterator[None]:
-    """A disk that is full, read-only or faulty while `folder` is written becomes a StorageError.
-
-    PyTorch says the same as a RuntimeError of its archive writer.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _OF_ARCHIVE.search(str(error)):
-            raise
-        free = shutil.disk_usage(folder.parent).free
-        reason = getattr(error, "strerror", None) or "PyTorch could not write a file"
-        raise StorageError(
-            f"{folder}: cannot write: {reason} ({free / 2**20:,.0f} MiB are free); make room and "
-            "run the same command again, the checkpoint before it is whole"
-        ) from error
-
-
 def mark_complete(folder: Path, names: Iterable[str] | None = None) -> None:
     """List `names`, by default all files in `folder`, in its marker. To be called by all processes.
 
-    Each hashes what it has just written itself, which is still in memory. Raises StorageError.
+    Each syncs and hashes what it has just written itself, which is still in memory. Raises
+    StorageError.
     """
     ranks.barrier()
     listed = ranks.from_main(lambda: sorted(_files(folder) if names is None else names))
-    mine = {name: _described(folder / name) for name in listed if _is_mine(name)}
-    files = {name: entry for part in ranks.gathered(mine) for name, entry in part.items()}
+    described = {}
+    for name in listed:
+        if _is_of_this_process(name):
+            with storage_errors(folder / name):
+                sync(folder / name)
+            described[name] = _described(folder / name)
+    entries = {name: entry for part in ranks.gathered(described) for name, entry in part.items()}
     if ranks.rank() == 0:
-        write_json(folder / MARKER, {"files": files})
+        write_json(folder / MARKER, {"files": entries})
     ranks.barrier()
 
 
 def _files(folder: Path) -> list[str]:
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
-    return [path.relative_to(folder).as_posix() for path in found]
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
-def _is_mine(name: str) -> bool:
+def _is_of_this_process(name: str) -> bool:
     """Whether this process wrote the file: DeepSpeed and Trainer number those of the others."""
     numbered = _OF_A_RANK.search(name)
     writer = int(numbered[1]) if numbered else 0
@@ -86,9 +72,7 @@ def _described(path: Path) -> dict[str, int | str]:
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
-        size = file.tell()
-        os.fsync(file.fileno())
-    return {"size": size, "xxh3_128": digest.hexdigest()}
+        return {"size": file.tell(), "xxh3_128": digest.hexdigest()}
 
 
 def flaw(folder: Path, content: bool = True) -> str | None:
@@ -117,8 +101,8 @@ def is_complete(folder: Path) -> bool:
 
 def _survey(output_dir: Path, content: bool = True) -> Iterator[tuple[Path, str | None]]:
     """Every `checkpoint-N` and its flaw, newest first; `content` is read until one is whole."""
-    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    for folder in sorted(found, key=step_of, reverse=True):
+    named = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    for folder in sorted(named, key=step_of, reverse=True):
         reason = flaw(folder, content)
         content = content and reason is not None
         yield folder, reason
@@ -168,8 +152,8 @@ def check_owner(folder: Path) -> None:
 
     DeepSpeed keeps its state as pickles, which can run code when they are read (P22).
     """
-    with tempfile.TemporaryFile(dir=folder.parent) as own:
-        user = os.fstat(own.fileno()).st_uid
+    with tempfile.TemporaryFile(dir=folder.parent) as new:
+        user = os.fstat(new.fileno()).st_uid
     for name in _files(folder):
         if (folder / name).stat().st_uid != user:
             raise RefusedError(

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import LlavaConfig, PreTrainedModel
 
 from llava.errors import UsageError
+from llava.files import write_json, writing
 from llava.images import ImageProcessor
 from llava.model import lora
 from llava.model.assemble import assemble
@@ -35,8 +36,6 @@ from llava.model.weights import (
     find_directory,
     read_tensors,
     read_weights,
-    write_json,
-    writing,
 )
 from llava.train import quantize, zero
 from llava.train.arguments import Arguments

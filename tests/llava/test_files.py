@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import resource
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from llava import files
 from llava.errors import StorageError
@@ -118,15 +122,76 @@ def test_file_size_limit(target):
     assert target.read_bytes() == OLD and os.listdir(target.parent) == [target.name]
 
 
+def test_what_a_library_writes_appears_whole_too(target):
+    """`writing` is the same protocol, from the library's own write on; its folder is made."""
+    below = target.parent / "below" / "weights.bin"
+
+    def work():
+        with files.writing(below) as temp:
+            temp.write_bytes(NEW)
+
+    assert count_calls(work) == ["makedirs", "open", "fsync", "replace", "open", "fsync"]
+    assert below.read_bytes() == NEW and os.listdir(below.parent) == [below.name]
+    for at in range(1, 6):
+        below.write_bytes(OLD)
+        with faulty_os(at), pytest.raises(StorageError, match="weights.bin: cannot write"):
+            work()
+        assert below.read_bytes() == (OLD if at < 4 else NEW)
+        assert os.listdir(below.parent) == [below.name]
+    with pytest.raises(KeyboardInterrupt), files.writing(below) as temp:
+        temp.write_bytes(OLD)
+        raise KeyboardInterrupt
+    assert below.read_bytes() == NEW and os.listdir(below.parent) == [below.name]
+
+
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_a_disk_that_is_full_for_a_library(tmp_path, save):
+    """Neither raises an OSError: one error of safetensors' own, one RuntimeError of PyTorch."""
+    with tiny_disk(tmp_path / "disk", 64 * 1024) as disk:
+        with pytest.raises(StorageError, match="disk/w: cannot write: (the disk is full|PyTorch)"):
+            with files.writing(disk / "w") as temp:
+                save({"x": torch.zeros(100_000)}, temp)
+        assert not os.listdir(disk)
+
+
+def test_an_error_that_is_no_disks_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"), files.writing(tmp_path / "w"):
+        raise RuntimeError("a bug")
+
+
+def test_a_folder_appears_whole(tmp_path):
+    def work():
+        with files.writing_folder(tmp_path / "out", "give another") as folder:
+            (folder / "a").write_bytes(NEW)
+
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "of a killed one").touch()
+    with faulty_os(1), pytest.raises(StorageError, match="/out: cannot write: .*; give another"):
+        work()
+    assert not os.listdir(tmp_path)
+    work()
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["a"]
+
+
 def test_every_write_goes_through_this_module():
-    """No other module of `selection` and `llava.eval` renames, syncs or opens a file to write."""
-    banned = ("os.replace", "os.fsync", ".write_bytes(", ".write_text(", '"w"', '"wb"')
+    """No other module of `llava` and `selection` renames, syncs or opens a file to write; what a
+    library saves, it saves to a name that `writing` or `writing_folder` gives."""
+    banned = ("os.replace", "os.fsync", ".write_bytes(", ".write_text(", '"w"', '"wb"', '"ab"')
     root = Path(files.__file__).parents[1]
-    found = [
-        f"{path.name}: {word}"
-        for package in ("selection", "llava/eval")
-        for path in (root / package).rglob("*.py")
-        for word in banned
-        if word in path.read_text()
-    ]
-    assert not found
+    modules = [p for package in ("selection", "llava") for p in (root / package).rglob("*.py")]
+    modules.remove(Path(files.__file__))
+    assert not [f"{p.name}: {word}" for p in modules for word in banned if word in p.read_text()]
+    assert not [f"{p.name}:{line}" for p in modules for line in bare_saves(p.read_text())]
+    assert list(bare_saves("torch.save(x, path)\nwith writing(path) as t: save_file(x, t)")) == [1]
+
+
+def bare_saves(source: str) -> Iterator[int]:
+    """Lines that let a library save a file outside of `with writing(...)`."""
+    tree = ast.parse(source)
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.With)]
+    given = [b for b in blocks if any("writing" in ast.unparse(item) for item in b.items)]
+    inside = {id(node) for block in given for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and id(node) not in inside:
+            if ast.unparse(node.func) in ("save_file", "torch.save"):
+                yield node.lineno

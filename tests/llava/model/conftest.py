@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from llava.files import write_json
 from llava.model import lora
 from llava.model.assemble import assemble
 from llava.model.checkpoint import Kind, Loaded, wrap
 from llava.model.export import save
-from llava.model.weights import write_json
 
 N_TEXT_ROWS = 340  # of the tiny vocabulary; the image id is the next
 

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from llava.errors import StorageError, UsageError
+from llava.files import write_json
 from llava.model import checkpoint, export
 from llava.model.checkpoint import Kind, fingerprint, inspect, load
 from llava.model.export import save
-from llava.model.weights import write_json
 
 # From the classic names in a saved folder to the other layouts of Hugging Face's LLaVA.
 HF_LAYOUTS = {
@@ -265,7 +265,7 @@ def test_a_save_that_fails_leaves_no_model(tiny, tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="llava.json: cannot write: the disk is full"):
         save(tiny, tmp_path)
     monkeypatch.undo()
-    assert not list(tmp_path.glob(".*"))  # no temporary file stays
+    assert not list(tmp_path.glob("*.tmp"))  # no temporary file stays
     with pytest.raises(UsageError, match="weights without config.json"):
         load(tmp_path)
 

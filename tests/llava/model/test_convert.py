@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from llava.errors import RefusedError, StorageError, UsageError
+from llava.files import write_json
 from llava.model import export
 from llava.model.__main__ import main
 from llava.model.checkpoint import Kind, inspect, load
 from llava.model.convert import convert, merge
 from llava.model.export import save
 from llava.model.projector import LlavaWithProjector, fresh_projector
-from llava.model.weights import original_name, read_weights, write_json
+from llava.model.weights import original_name, read_weights
 from tests.llava.model.checks import Bomb, in_transformers, same
 
 # ---- whole models --------------------------------------------------------------------------------

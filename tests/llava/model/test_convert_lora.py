@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from llava.errors import UsageError
+from llava.files import write_json
 from llava.model import export, lora
 from llava.model.assemble import assemble
 from llava.model.checkpoint import Kind, load, wrap
 from llava.model.convert import convert, merge
 from llava.model.export import save
-from llava.model.weights import write_json
 from tests.llava.model.checks import in_transformers, same
 
 

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from llava.errors import UsageError
+from llava.files import write_json
 from llava.model import lora
 from llava.model.__main__ import main
 from llava.model.checkpoint import load
 from llava.model.inspection import Report, examine
-from llava.model.weights import classic_name, read_weights, write_json
+from llava.model.weights import classic_name, read_weights
 from tests.llava.model.checks import Bomb
 
 

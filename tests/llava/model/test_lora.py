@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import UsageError
+from llava.files import write_json
 from llava.model import lora
 from llava.model.assemble import assemble
 from llava.model.checkpoint import Kind, load
 from llava.model.export import save
-from llava.model.weights import write_json
 
 
 def test_loads_what_was_trained(trained, parts, logits_of):

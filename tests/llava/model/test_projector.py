@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from llava.errors import UsageError
+from llava.files import write_json
 from llava.model import lora
 from llava.model.assemble import assemble
 from llava.model.checkpoint import Kind, load, wrap
@@ -19,7 +20,7 @@ from llava.model.projector import (
     read_projector,
     type_of,
 )
-from llava.model.weights import original_name, write_json
+from llava.model.weights import original_name
 
 TYPES = ("linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu")
 
