@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llava.eval.engine import Ask, open_engine
+from llava.eval.engine import open_engine
 from llava.eval.pictures import Pictures
-from llava.eval.question import LETTERS, SYMBOLS, orders
+from llava.eval.question import LETTERS, SYMBOLS, Ask, orders
 from llava.eval.tasks import find_task
 from llava.eval.tasks.base import Item
 from llava.vlm import load_vlm
@@ -51,7 +51,7 @@ def answers(way: str, model: Path, items: list[Item], pictures: Pictures) -> lis
             for symbols in (LETTERS, SYMBOLS["qwer"])
             for order in orders(n, str(item.id))
         ]
-        replies = opened.item(pictures.open(item), asks).reply(range(len(asks)))
+        replies = opened.item(pictures.open(item), asks).reply(asks)
         read = [
             a.symbols.find(r.text) if len(r.text) == 1 else -1
             for a, r in zip(asks, replies, strict=True)

@@ -31,8 +31,8 @@ from PIL import Image
 from small_llava import save_model, single_tokens
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava.eval.engine import Ask, Reply, open_engine
-from llava.eval.question import Question, orders
+from llava.eval.engine import open_engine
+from llava.eval.question import Ask, Question, Reply, orders
 from llava.model import checkpoint
 from llava.vlm import LlavaVlm
 
@@ -98,7 +98,7 @@ def measure(vlm: LlavaVlm, name: str, n_options: int) -> tuple[float, int, list[
     clock = time.process_time if vlm.device.type == "cpu" else time.perf_counter
     session = open_engine(name, vlm, max_new_tokens=N_NEW).item([PICTURE], make_asks(n_options))
     started = clock()
-    replies = session.reply(range(math.factorial(n_options)))
+    replies = session.reply(session.asks)
     return clock() - started, session.n_tokens, replies
 
 

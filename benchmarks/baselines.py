@@ -36,7 +36,8 @@ from coincide import iteration_seconds
 from selection.methods import get_method
 from selection.methods.base import Context
 from selection.pool.pool import Pool
-from selection.store.store import Column, StoreReader, StoreWriter
+from selection.store.key import Column, StoreKey
+from selection.store.store import StoreReader, StoreWriter
 from selection.vectors import stream
 from selection.vectors.neighbours import Neighbours
 
@@ -64,7 +65,8 @@ def write_store(folder: Path, name: str, n_rows: int, vectors: dict[str, int]) -
     columns = [Column(key, (width,), "float16") for key, width in vectors.items()]
     columns += [Column(key, (), "float32") for key in ("nll_mean", "nll_sum", "aum")]
     columns.append(Column("n_tokens", (), "int32"))
-    writer = StoreWriter.open(folder, name, {}, np.arange(n_rows), columns, BLOCK_SIZE)
+    key = StoreKey(name, {}, np.arange(n_rows), columns)
+    writer = StoreWriter.open(folder, key, BLOCK_SIZE)
     rng, noise = np.random.default_rng(0), torch.Generator().manual_seed(0)
     centres = {key: torch.randn(N_DIRECTIONS, w, generator=noise) for key, w in vectors.items()}
     noises = {key: torch.randn(BLOCK_SIZE, w, generator=noise) for key, w in vectors.items()}

@@ -20,9 +20,8 @@ import torch
 from torch.nn import functional as F
 
 from llava.images import open_image
+from selection.extract.loop import extract_signal
 from selection.pool.pool import Pool
-from selection.ranks import Ranks
-from selection.run import extract_signal
 from selection.settings import PoolSettings, ProxySettings
 from selection.signals.clip import Clip, distinct_images, text_of
 from selection.signals.clip_models import ClipModel, load_clip
@@ -60,7 +59,7 @@ def main() -> None:
         cpu, wall = time.process_time(), time.monotonic()
         where = PoolSettings(str(path), str(images))
         settings = ProxySettings(store=store, device="cpu", dtype="float32", batch_size=64)
-        reader = extract_signal(Clip(str(clip)), rows, pool, where, settings, Ranks())
+        reader = extract_signal(Clip(str(clip)), rows, pool, where, settings)
         found = reader.column("clip_score")
         mine = time.process_time() - cpu, time.monotonic() - wall
         cpu, wall = time.process_time(), time.monotonic()

@@ -25,7 +25,8 @@ from coincide import drop_from_cache, seconds, shown
 from selection.methods.coido.coido import score_pool
 from selection.methods.coido.features import Assembly
 from selection.methods.coido.scorer import Scorer
-from selection.store.store import Column, StoreReader, StoreWriter
+from selection.store.key import Column, StoreKey
+from selection.store.store import StoreReader, StoreWriter
 
 BLOCK = 1024
 
@@ -34,7 +35,8 @@ def write_store(root: Path, n: int, width: int) -> StoreReader:
     """Random features for `n` rows."""
     names = ("image_features", "text_features")
     columns = [*(Column(name, (width,), "float16") for name in names)]
-    writer = StoreWriter.open(root, "clip", {"made for": "benchmark"}, np.arange(n), columns, BLOCK)
+    key = StoreKey("clip", {"made for": "benchmark"}, np.arange(n), columns)
+    writer = StoreWriter.open(root, key, BLOCK)
     rng = np.random.default_rng(0)
     some = {name: rng.standard_normal((BLOCK, width)).astype(np.float16) for name in names}
     for i in writer.missing_blocks():

@@ -40,7 +40,8 @@ from selection.methods.coincide import (
     transferability,
     water_fill,
 )
-from selection.store.store import Column, StoreReader, StoreWriter
+from selection.store.key import Column, StoreKey
+from selection.store.store import StoreReader, StoreWriter
 from selection.vectors.kmeans import spherical_kmeans
 
 LLAVA_665K, N_CLUSTERS, N_ITER = 665_298, 10_000, 50
@@ -89,9 +90,8 @@ def compare_picks(n: int, share: int, n_clusters: int) -> None:
 
 def write_store(folder: Path, n_rows: int, width: int) -> StoreReader:
     columns = [Column(name, (width // 2,), "float16") for name in COLUMNS]
-    writer = StoreWriter.open(
-        folder, "blocks", {"made": "up"}, np.arange(n_rows), columns, BLOCK_SIZE
-    )
+    key = StoreKey("blocks", {"made": "up"}, np.arange(n_rows), columns)
+    writer = StoreWriter.open(folder, key, BLOCK_SIZE)
     rng = np.random.default_rng(0)
     base = rng.standard_normal((BLOCK_SIZE, width), dtype=np.float32).astype(np.float16)
     for i in writer.missing_blocks():

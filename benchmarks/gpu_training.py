@@ -26,11 +26,11 @@ import torch
 from small_llava import MAX_LENGTH, N_IMAGE, Mixture, make_mixture
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava.data import Collator, Item, ModalityLengthSampler, cut
+from llava.data import Collator, ModalityLengthSampler, ModelInput, cut, expand_image
 from llava.model import lora
 from llava.packing import PackingCollator
-from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.train.trainer import seen_beside, supervised_loss
+from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded
+from llava.train.trainer import seen_beside, token_losses
 
 IMAGE_ID = 32000
 SHAPES = {  # language model: width, inner width, layers, heads; tower: likewise
@@ -80,7 +80,7 @@ def make_model(
     return trained.train(), model
 
 
-def make_items(mixture: Mixture) -> list[Item]:
+def make_items(mixture: Mixture) -> list[ModelInput]:
     """Random ids and pixels; the second half of the text is the answer."""
     items = []
     for tokens, has_image in zip(mixture.tokens.tolist(), mixture.has_image, strict=True):
@@ -89,6 +89,7 @@ def make_items(mixture: Mixture) -> list[Item]:
         labels[: len(ids) // 2] = IGNORE_INDEX
         if has_image:
             ids[1] = IMAGE_TOKEN_INDEX
+        ids, labels = expand_image(Encoded(ids, labels), N_IMAGE, IMAGE_ID, MAX_LENGTH)
         pixels = torch.randn(3, 336, 336) if has_image else None
         items.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
     return items
@@ -148,7 +149,7 @@ def step(
     if dummy is not None:
         beside = seen_beside(model, dummy.to(device, torch.bfloat16))
     with beside:
-        loss = supervised_loss(trained, inputs, n_tokens)
+        loss = token_losses(trained, inputs)[0].sum() / n_tokens
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -163,9 +164,9 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
     mixture = make_mixture(arguments.batch_size * (arguments.steps + 2))
     items = make_items(mixture)
-    collate = Collator(0, IMAGE_ID, N_IMAGE, MAX_LENGTH, 336)
+    collate = Collator(0, 336)
     if arguments.packing:
-        collate = PackingCollator(collate, single_row="flash" in arguments.attention)
+        collate = PackingCollator(collate, None if "flash" in arguments.attention else MAX_LENGTH)
     generator = torch.Generator().manual_seed(0)
     order = ModalityLengthSampler(mixture.words, arguments.batch_size, 1, generator)
     rows = cut(list(order), arguments.batch_size)

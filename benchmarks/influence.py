@@ -30,7 +30,8 @@ from score_store import SPARE_BYTES, drop_from_cache, read, seconds
 
 from selection.rules.consensus import vote
 from selection.rules.influence import direction, products
-from selection.store.store import Column, StoreReader, StoreWriter
+from selection.store.key import Column, StoreKey
+from selection.store.store import StoreReader, StoreWriter
 from selection.vectors import stream
 
 N_TASKS, N_TARGETS, BLOCK_SIZE = 10, 500, 1024
@@ -41,7 +42,8 @@ def write_store(folder: Path, n_rows: int, dim: int, seed: int) -> StoreReader:
     """A store of `n_rows` x `dim` halves; blocks are rotations of one another."""
     rows = np.arange(n_rows)
     columns = [Column(COLUMN, (dim,), "float16")]
-    writer = StoreWriter.open(folder, "gradients", {"seed": seed}, rows, columns, BLOCK_SIZE)
+    key = StoreKey("gradients", {"seed": seed}, rows, columns)
+    writer = StoreWriter.open(folder, key, BLOCK_SIZE)
     base = np.random.default_rng(seed).standard_normal((BLOCK_SIZE, dim), dtype=np.float32)
     base = (base / np.linalg.norm(base, axis=1, keepdims=True)).astype(np.float16)
     for i in writer.missing_blocks():

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 
 from llava.conversation import get_template
-from llava.data import Collator, ConversationDataset
+from llava.data import Collator, ConversationDataset, InputFormat
 from llava.images import ImageProcessor, open_image, pad_to_square
 from llava.records import load_records
-from llava.tokens import encode_conversation, load_tokenizer
+from llava.tokens import load_tokenizer
 
 SAMPLES_A_SECOND = 665_298 / 36_000 / 8  # that a GPU trains on
 BATCH = 16
@@ -38,17 +38,16 @@ GREY = (122, 116, 104)
 
 def make_dataset(world: Path, n: int) -> ConversationDataset:
     data, images = save_samples(world, make_mixture(n))
-    return ConversationDataset(
-        load_records(data),
-        images,
-        get_template("v1"),
-        load_tokenizer(world / "lm"),
-        ImageProcessor(336, aspect_ratio="pad"),
+    tokenizer = load_tokenizer(world / "lm")
+    input_format = InputFormat(
+        template=get_template("v1"),
+        tokenizer=tokenizer,
+        image_processor=ImageProcessor(336, aspect_ratio="pad"),
+        image_token_id=tokenizer.vocab_size,
+        n_image_tokens=576,
+        model_max_length=MAX_LENGTH,
     )
-
-
-def make_collator(dataset: ConversationDataset) -> Collator:
-    return Collator(0, dataset.tokenizer.vocab_size, 576, MAX_LENGTH, 336)
+    return ConversationDataset(load_records(data), images, input_format)
 
 
 def time_parts(dataset: ConversationDataset, repeats: int) -> dict[str, float]:
@@ -60,9 +59,9 @@ def time_parts(dataset: ConversationDataset, repeats: int) -> dict[str, float]:
     theirs = CLIPImageProcessorPil(
         size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
     )
-    fill = dataset.image_processor
+    fill = dataset.input_format.image_processor
     items = [dataset[row] for row in range(BATCH)]
-    collate = make_collator(dataset)
+    collate = Collator(0, 336)
 
     def each(call: Callable[[object], object], things: list) -> Callable[[], None]:
         return lambda: [call(thing) for thing in things] and None
@@ -72,7 +71,7 @@ def time_parts(dataset: ConversationDataset, repeats: int) -> dict[str, float]:
             image.load()
 
     def tokenise(record: object) -> None:
-        encode_conversation(record.turns, True, dataset.template, dataset.tokenizer)
+        dataset.input_format.encode(record.turns, True)
 
     calls = {
         "JPEG decoding by Pillow alone": each(decode, paths),
@@ -107,7 +106,7 @@ def samples_a_second(dataset: ConversationDataset, n_workers: int, repeats: int)
     best = 0.0
     for _ in range(repeats):
         loader = iter(
-            DataLoader(dataset, BATCH, num_workers=n_workers, collate_fn=make_collator(dataset))
+            DataLoader(dataset, BATCH, num_workers=n_workers, collate_fn=Collator(0, 336))
         )
         next(loader)
         started = time.perf_counter()

@@ -20,10 +20,10 @@ from small_llava import MAX_LENGTH, N_IMAGE, Mixture, make_mixture
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from llava.data import Collator, Item, ModalityLengthSampler, cut
+from llava.data import Collator, ModalityLengthSampler, ModelInput, cut
 from llava.packing import PackingCollator
 from llava.tokens import IGNORE_INDEX
-from llava.train.trainer import supervised_loss
+from llava.train.trainer import token_losses
 
 VOCABULARY = 1000
 
@@ -43,7 +43,7 @@ def make_model(on_gpu: bool) -> LlamaForCausalLM:
     return model.to("cuda", torch.bfloat16) if on_gpu else model
 
 
-def make_items(mixture: Mixture) -> list[Item]:
+def make_items(mixture: Mixture) -> list[ModelInput]:
     """Random ids; the second half of the text is the answer."""
     generator = torch.Generator().manual_seed(0)
     items = []
@@ -56,7 +56,9 @@ def make_items(mixture: Mixture) -> list[Item]:
     return items
 
 
-def make_batches(items: list[Item], mixture: Mixture, size: int, collate: Callable) -> list[dict]:
+def make_batches(
+    items: list[ModelInput], mixture: Mixture, size: int, collate: Callable
+) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     order = list(ModalityLengthSampler(mixture.words, size, 1, generator))
     return [collate([items[row] for row in rows]) for rows in cut(order, size)]
@@ -68,7 +70,7 @@ def run(model: LlamaForCausalLM, batches: list[dict]) -> float:
     for batch in batches:
         model.zero_grad()
         moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        loss = supervised_loss(model, moved, 1)
+        loss = token_losses(model, moved)[0].sum()
         loss.backward()
         total += loss.detach()
     return total.item()
@@ -85,11 +87,12 @@ def main() -> None:
     clock = time.perf_counter if on_gpu else time.process_time
     mixture = make_mixture(arguments.samples)
     items, model = make_items(mixture), make_model(on_gpu)
-    plain = Collator(0, -1, N_IMAGE, MAX_LENGTH, None)
-    variants = {"a row each": ("sdpa", plain), "packed": ("sdpa", PackingCollator(plain, False))}
+    plain = Collator(0, None)
+    packed = PackingCollator(plain, MAX_LENGTH)
+    variants = {"a row each": ("sdpa", plain), "packed": ("sdpa", packed)}
     if on_gpu and is_flash_attn_2_available():
         variants["a row each, flash"] = ("flash_attention_2", plain)
-        variants["packed, flash"] = ("flash_attention_2", PackingCollator(plain, True))
+        variants["packed, flash"] = ("flash_attention_2", PackingCollator(plain, None))
     batches = {
         name: make_batches(items, mixture, arguments.batch_size, collate)
         for name, (_, collate) in variants.items()

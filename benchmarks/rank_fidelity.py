@@ -38,8 +38,10 @@ from selection.pool.targets import Target, read_targets
 from selection.rules.budget import top_k
 from selection.rules.consensus import vote
 from selection.rules.influence import direction, products
-from selection.signals.base import Sample
+from selection.settings import PoolSettings, ProxySettings
+from selection.signals.base import Sample, Signal
 from selection.signals.gradients.gradients import Gradients
+from selection.store.store import StoreReader
 
 SHARE = 0.2
 
@@ -55,12 +57,18 @@ def prepared(gradients: Gradients, proxy: Vlm, target: Target) -> list[Prepared]
     return items
 
 
+def stored(signal: Signal, proxy: Vlm, pool: Pool, rows, images, store: str) -> StoreReader:
+    """The store of `signal` on pool `rows` (n,), computed where it is not there."""
+    where = PoolSettings(str(pool.path), None if images is None else str(images))
+    return extract([signal], proxy, pool, rows, where, ProxySettings(store=store))[0]
+
+
 def exact(proxy: Vlm, pool: Pool, rows, images: Path, targets: Sequence[Target], store: str):
     """Exact influence of pool `rows` (n,) on every task, (n, K) float64."""
     gradients = Gradients()
     tasks = [prepared(gradients, proxy, target) for target in targets]
     signal = ExactInfluence(gradients, mean_unit_gradients(gradients, proxy, tasks))
-    return extract(signal, proxy, pool, rows, store, images).column("influence").astype(float)
+    return stored(signal, proxy, pool, rows, images, store).column("influence").astype(float)
 
 
 def sketched(
@@ -70,14 +78,13 @@ def sketched(
     signal, means = Gradients(dim=dim), []
     for target in targets:
         parts = [
-            extract(signal, proxy, s.pool, s.rows, store, target.images, progress=False)
-            for s in target.subtasks
+            stored(signal, proxy, s.pool, s.rows, target.images, store) for s in target.subtasks
         ]
         sizes = [len(part) for part in parts]
         means.append(
             np.average([direction(p, "gradient", False) for p in parts], axis=0, weights=sizes)
         )
-    reader = extract(signal, proxy, pool, rows, store, images)
+    reader = stored(signal, proxy, pool, rows, images, store)
     return products(reader, "gradient", np.stack(means, axis=1), normalize=False)
 
 

@@ -30,7 +30,8 @@ import numpy as np
 import torch
 
 from selection.methods.ards import Settings, score_store, subgroup_weights
-from selection.store.store import Column, StoreReader, StoreWriter
+from selection.store.key import Column, StoreKey
+from selection.store.store import StoreReader, StoreWriter
 from selection.vectors import stream
 
 COLUMNS = ("last_state", "attention_state")
@@ -49,7 +50,8 @@ def write_store(folder: Path, n_rows: int, width: int) -> StoreReader:
         )
     columns = [Column(name, (width // 2,), "float16") for name in COLUMNS]
     rows = np.arange(n_rows)
-    writer = StoreWriter.open(folder, "forward", {"made": "up"}, rows, columns, BLOCK_SIZE)
+    key = StoreKey("forward", {"made": "up"}, rows, columns)
+    writer = StoreWriter.open(folder, key, BLOCK_SIZE)
     rng = np.random.default_rng(0)
     base = rng.standard_normal((BLOCK_SIZE, width), dtype=np.float32).astype(np.float16)
     for i in writer.missing_blocks():

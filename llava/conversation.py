@@ -14,6 +14,10 @@ from typing import NamedTuple
 from llava.errors import DataError, UsageError
 
 IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN_INDEX = -200
+"""id in the place of an image, before it is expanded"""
+IGNORE_INDEX = -100
+"""label where the model is not supervised"""
 ROLES = ("human", "gpt")
 
 

@@ -21,11 +21,16 @@ import torch
 import xxhash
 from sentencepiece import sentencepiece_model_pb2
 
-from llava.conversation import IMAGE_TOKEN, Segment, Template, render
+from llava.conversation import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+    Segment,
+    Template,
+    render,
+)
 from llava.errors import DataError, UsageError
 
-IGNORE_INDEX = -100
-IMAGE_TOKEN_INDEX = -200
 SPACE = "▁"  # how sentencepiece spells a space
 
 Span = tuple[int, int]

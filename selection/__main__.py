@@ -1,4 +1,4 @@
-"""`python -m selection`: pick the training subset worth using.
+"""`python -m selection`, or `robust-selection`: pick the training subset worth using.
 
 list      the methods, what they read, their presets
 check     every defect of a pool, before a GPU is used
@@ -8,49 +8,50 @@ all       every method that can run, signals shared, one comparison
 compare   what subsets share: python -m selection compare RUN RUN ... [--out DIR]
 verify    check a finished run: hashes, exact subset, versions
 
-Each takes --help. docs/Selection.md explains the run folder and the exit codes.
+Each takes --help. docs/Selection.md explains the run folder and the exit codes, docs/Python.md the
+same from Python.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 
-import numpy as np
-
-from llava.errors import run_main
 from llava.flags import run_verb
+from llava.launch import process
 
 VERBS = ("list", "check", "extract", "select", "all", "compare", "verify")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one verb; UserError is left to `run_main`."""
+    """Run one verb; UserError is left to `process`."""
     run_verb(argv, __doc__, {verb: globals()[f"run_{verb}"] for verb in VERBS})
 
 
 def run_list(argv: list[str]) -> None:
     """One paragraph a method."""
+    from selection.cli import parse_plain
     from selection.methods import find_methods
-    from selection.settings import parse_plain
 
-    parse_plain("list", "Show the methods, what they read, their presets.", argv)
+    if argv:
+        parse_plain("list", "Show the methods, what they read, their presets.", argv)
     for name, method in find_methods().items():
-        summary = (method.__doc__ or "").strip().splitlines()[0]
+        summary = (method.__doc__ or "").strip().partition("\n")[0]
         signals = ", ".join(method().signals()) or "no signal, no model"
         presets = f"; presets: {', '.join(method.presets)}" if method.presets else ""
-        print(f"{name:18} {summary}\n{'':18} reads {signals}{presets}")
+        origin = "" if method.__module__.startswith("selection.") else f"; from {method.__module__}"
+        print(f"{name:18} {summary}\n{'':18} reads {signals}{presets}{origin}")
 
 
 def run_check(argv: list[str]) -> None:
     """Exit 2 when there is a defect."""
     from llava.tokens import load_tokenizer
     from selection.check import CheckSettings, check_pool, print_defects, write_report
+    from selection.cli import parse_plain
     from selection.pool.pool import Pool
-    from selection.settings import PoolSettings, parse_plain
+    from selection.settings import PoolSettings
 
     about = "Check the records, paths, image headers and, with --tokenizer, labels of a pool."
-    (where, settings), _ = parse_plain("check", about, argv, PoolSettings, CheckSettings)
+    where, settings = parse_plain("check", about, argv, PoolSettings, CheckSettings)
     pool = Pool.open(where.pool, where.limit)
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     defects = check_pool(pool, where, settings, tokenizer)
@@ -63,93 +64,105 @@ def run_check(argv: list[str]) -> None:
 
 def run_extract(argv: list[str]) -> None:
     """Compute what is missing of the forward signals and say where they are."""
-    from selection.methods.base import Request
-    from selection.pool.pool import Pool
-    from selection.ranks import Ranks
-    from selection.run import extract_signal, open_proxy, print_cost
-    from selection.settings import PlanSettings, PoolSettings, ProxySettings, parse_plain
-    from selection.signals.forward import Forward
+    from selection.cli import parse_plain
+    from selection.settings import CostSettings, PoolSettings, ProxySettings
 
     about = "Compute the forward signals of a pool; runs of all methods share them through --store."
-    groups = (PoolSettings, ProxySettings, PlanSettings)
-    (where, proxy, planning), _ = parse_plain("extract", about, argv, *groups)
+    groups = (PoolSettings, ProxySettings, CostSettings)
+    where, settings, cost = parse_plain("extract", about, argv, *groups)
+
+    import numpy as np
+
+    from llava import ranks
+    from selection.extract.cost import print_cost
+    from selection.extract.loop import extract
+    from selection.methods.base import Request
+    from selection.pool.pool import Pool
+    from selection.run import PATIENCE, open_proxy
+    from selection.signals.forward import Forward
+
+    ranks.join(PATIENCE)
     pool = Pool.open(where.pool, where.limit)
-    rows = np.arange(len(pool))
-    if planning.dry_run:
-        request = Request(Forward(), rows)
-        print_cost("forward", request, pool, where, proxy, open_proxy(proxy))
+    rows, proxy = np.arange(len(pool)), open_proxy(settings)
+    if cost.dry_run:
+        print_cost("forward", Request(Forward(), rows), pool, where, settings, proxy)
         return
-    ranks = Ranks()
-    reader = extract_signal(Forward(), rows, pool, where, proxy, ranks)
-    if ranks.rank == 0:
+    (reader,) = extract([Forward()], proxy, pool, rows, where, settings)
+    if ranks.rank() == 0:
         print(f"{len(reader)} samples, {len(reader.bad)} unusable: {reader.folder}")
 
 
 def run_select(argv: list[str]) -> None:
-    """Choose a subset, or print the plan for it."""
+    """Choose a subset, or print what it would cost."""
     if argv and argv[0] in ("-h", "--help"):
         from selection.methods import find_methods
 
         names = ", ".join(find_methods())
         print(f"usage: python -m selection select METHOD [flags]\n\nMETHOD: {names}")
+        print("or a class of your own: path/to/file.py:Class")
         print("`python -m selection select METHOD --help` shows every flag of a method.")
         return
-    from selection.ranks import Ranks
-    from selection.run import Selection
-    from selection.settings import parse_select
+    from selection.cli import parse_select
 
-    run = parse_select(argv)
-    selection = Selection(run, Ranks())
-    if run.dry_run:
-        if selection.ranks.rank == 0:
-            selection.print_plan()
-        return
-    selection.execute()
+    job, dry_run = parse_select(argv)
+
+    from llava import ranks
+    from selection.run import Execution
+
+    execution = Execution(job)
+    if not dry_run:
+        execution.execute()
+    elif ranks.rank() == 0:
+        execution.print_plan()
 
 
 def run_all(argv: list[str]) -> None:
     """Choose a subset with every method that can run, and compare them."""
-    from selection.all import AllSettings, select_all
-    from selection.settings import PoolSettings, ProxySettings, SelectSettings, parse_plain
+    from selection.cli import parse_plain
+    from selection.settings import AllSettings, PoolSettings, ProxySettings, SelectSettings
 
     about = "Run every method that the given models and files allow, and compare the subsets."
     groups = (PoolSettings, ProxySettings, SelectSettings, AllSettings)
-    settings, _ = parse_plain("all", about, argv, *groups)
+    settings = parse_plain("all", about, argv, *groups)
+
+    from selection.all import select_all
+
     select_all(*settings)
 
 
 def run_compare(argv: list[str]) -> None:
     """What the subsets of some runs share, as tables and pictures."""
-    from selection.output.compare import CompareSettings, compare
-    from selection.settings import parse_plain
+    from selection.cli import parse_plain
+    from selection.settings import CompareSettings
 
     n_runs = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     about = "What subsets share: python -m selection compare RUN RUN ... [--out DIR]"
-    (settings,), _ = parse_plain("compare", about, argv[n_runs:], CompareSettings)
+    (settings,) = parse_plain("compare", about, argv[n_runs:], CompareSettings)
+
+    from selection.output.compare import compare
+
     compare(argv[:n_runs], settings.out)
 
 
 def run_verify(argv: list[str]) -> None:
     """Check a run folder; exit 74 when it is damaged."""
-    from selection.output.verify import verify_run
-    from selection.settings import VerifySettings, parse_plain
+    from selection.cli import parse_plain
+    from selection.settings import VerifySettings
 
     if argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]
-    (settings,), _ = parse_plain(
-        "verify", "Check a finished run: python -m selection verify DIR", argv, VerifySettings
-    )
+    about = "Check a finished run: python -m selection verify DIR"
+    (settings,) = parse_plain("verify", about, argv, VerifySettings)
+
+    from selection.output.verify import verify_run
+
     verify_run(settings.run)
 
 
-def _process() -> None:
-    """`main` as a process of its own, perhaps one of those that torchrun has started."""
-    main()
-    if "WORLD_SIZE" in os.environ:
-        from llava.ranks import leave
-
-        leave()
+def console() -> None:
+    """The command `robust-selection`."""
+    process(main)
 
 
 if __name__ == "__main__":
-    run_main(_process)
+    process(main)

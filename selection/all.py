@@ -7,144 +7,148 @@ finds its own in the store.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from llava import ranks
 from llava.errors import UsageError
-from llava.vlm.base import Vlm
-from selection.extract.loop import check_images
+from selection.cli import fill, has_targets, preset_of, read_yaml
 from selection.methods import Method, find_methods, get_method
+from selection.methods.base import Training, WarmUp
 from selection.output.compare import compare
-from selection.output.summary import source_shares
+from selection.output.folder import Run
+from selection.output.summary import shares_of
 from selection.output.tables import print_table
 from selection.pool.pool import Pool
 from selection.pool.targets import read_targets
-from selection.ranks import Ranks
-from selection.run import Selection, default_folder, extract_together_with, open_proxy
-from selection.settings import PoolSettings, ProxySettings, Run, SelectSettings, parse_select
+from selection.run import PATIENCE, Execution, default_folder, open_proxy
+from selection.settings import AllSettings, Job, PoolSettings, ProxySettings, SelectSettings
+from selection.signals.base import ProxySignal, Signal
+
+if TYPE_CHECKING:
+    from llava.vlm.base import Vlm
 
 
-@dataclass(frozen=True)
-class AllSettings:
-    """Which methods run, and with what."""
-
-    methods: tuple[str, ...] = ()
-    """only these, as a list: '[el2n,coincide]'; by default all that can run"""
-    settings: str | None = None
-    """folder of files METHOD.yaml with settings of single methods"""
-    targets: str | None = None
-    """YAML list of the target tasks, for the methods that have some"""
-    holdout_model: str | None = None
-    """the other checkpoint of rho_loss"""
-    holdout_base: str | None = None
-    """its base, where it is a LoRA; --model_base by default"""
+def training(settings: AllSettings) -> tuple[Training, ...]:
+    """What is trained first where no model is named: one proxy that serves every method, and the
+    holdout model of RHO-LOSS."""
+    proxy = WarmUp(moments=True)
+    if settings.holdout_model:
+        return (proxy,)
+    return proxy, WarmUp(seed=1, fills="holdout_model", base_fills="holdout_base")
 
 
 def select_all(
-    where: PoolSettings, proxy: ProxySettings, select: SelectSettings, every: AllSettings
+    where: PoolSettings, proxy: ProxySettings, select: SelectSettings, settings: AllSettings
 ) -> None:
     """Run the methods one after another, into one folder each, and print how they compare.
 
     A method whose flags, models or files are missing is left out and named with the reason.
     Raises UsageError when none can run.
     """
-    ranks, out = Ranks(), Path(select.out or default_folder("all", where.pool, select.budget))
-    if every.targets:  # an error in it is told now, not by the first method that reads it
-        read_targets(every.targets)
-    runs, skipped = _runs(out, where, proxy, select, every)
+    ranks.join(PATIENCE)
+    out = Path(select.out or default_folder("all", where.pool, select.budget))
+    if settings.targets:  # an error in it is told now, not by the first method that reads it
+        read_targets(settings.targets)
+    jobs, skipped = _jobs(out, where, proxy, select, settings)
     model = open_proxy(proxy) if proxy.model else None
-    seconds = _one_pass(runs.values(), where, proxy, model, ranks)
-    finished: dict[str, Path] = {}
-    for name, run in runs.items():
-        selection = Selection(run, ranks)
-        if model is not None and run.method.reads_proxy(selection.pool):
-            selection.proxy = model
+    pool = Pool.open(where.pool, where.limit)
+    seconds = _one_pass(jobs.values(), pool, where, proxy, model)
+    runs: dict[str, Run] = {}
+    for name, job in jobs.items():
+        execution = Execution(job, pool)
+        if model is not None and job.method.reads_proxy(pool):
+            execution.proxy = model
         try:
-            finished[name] = selection.execute()
+            runs[name] = execution.execute()
         except UsageError as error:
-            if ranks.world_size > 1:
-                raise  # the other ranks are in the middle of it
+            if ranks.world_size() > 1:
+                raise  # the other processes are in the middle of it
             skipped[name] = str(error)
-    if not finished:
+    if not runs:
         raise UsageError(next(iter(skipped.values())))
-    if ranks.is_first:
-        _report(out, finished, skipped, seconds)
+    if ranks.rank() == 0:
+        _report(out, runs, skipped, seconds)
 
 
-def _runs(
+def _jobs(
     out: Path,
     where: PoolSettings,
     proxy: ProxySettings,
     select: SelectSettings,
-    every: AllSettings,
-) -> tuple[dict[str, Run], dict[str, str]]:
+    settings: AllSettings,
+) -> tuple[dict[str, Job], dict[str, str]]:
     """What each method is asked for, and why the others cannot run."""
-    shared = {**asdict(where), **asdict(proxy), **asdict(select)}
-    runs, skipped = {}, {}
-    for name in every.methods or find_methods():
-        own = {**shared, "out": str(out / name), **_own_flags(get_method(name), every)}
-        file = Path(every.settings or "") / f"{name}.yaml"
-        config = ["--config", str(file)] if every.settings and file.is_file() else []
+    jobs, skipped = {}, {}
+    for name in settings.methods or find_methods():
+        method = get_method(name)
         try:
-            run = parse_select([name, *config, *_flags(own)])
-            run.method.checkpoints()
-            runs[name] = run
+            targets = settings.targets if has_targets(method) else None
+            if has_targets(method) and targets is None:
+                raise UsageError("--targets is missing")
+            jobs[name] = Job(
+                method=method(_settings_of(method, settings)),
+                pool=where,
+                proxy=proxy,
+                select=replace(select, out=str(out / method.name)),
+                targets=targets,
+                command=("selection", "all"),
+            )
+            jobs[name].method.checkpoints()
         except UsageError as error:
+            jobs.pop(name, None)
             skipped[name] = str(error)
-    return runs, skipped
+    return jobs, skipped
 
 
-def _own_flags(method: type[Method], every: AllSettings) -> dict[str, Any]:
-    """Settings of `all` that single methods have."""
-    known = {field.name for field in fields(method.Settings)}
-    if method.target_signals is not Method.target_signals:
-        known.add("targets")
-    return {name: value for name, value in asdict(every).items() if name in known}
-
-
-def _flags(values: Mapping[str, Any]) -> list[str]:
-    """Settings as flags; those that are None are left to their defaults."""
-    lists = {key: f"[{','.join(v)}]" for key, v in values.items() if isinstance(v, tuple)}
-    return [f"--{key}={v}" for key, v in {**values, **lists}.items() if v is not None]
-
-
-def _with_proxy(method: Method) -> Iterable[Any]:
-    """The signals of a method that the proxy computes."""
-    others = method.checkpoints()
-    return (s for name, s in method.signals().items() if s.uses_proxy and name not in others)
+def _settings_of(method: type[Method], settings: AllSettings) -> Any:
+    """What the method's file in `--settings` says, and those settings of `all` that it has."""
+    path = Path(settings.settings or "") / f"{method.name}.yaml"
+    values = read_yaml(path, "--settings") if settings.settings and path.is_file() else {}
+    if preset := values.pop("preset", None):
+        values = {**preset_of(method, preset), **values}
+    names = {field.name for field in fields(method.Settings)}
+    given = {name: value for name, value in asdict(settings).items() if value is not None}
+    values |= {name: value for name, value in given.items() if name in names}
+    return fill(method.Settings, values, f"{path}: ")
 
 
 def _one_pass(
-    runs: Iterable[Run],
-    where: PoolSettings,
-    proxy: ProxySettings,
-    model: Vlm | None,
-    ranks: Ranks,
+    jobs: Iterable[Job], pool: Pool, where: PoolSettings, proxy: ProxySettings, model: Vlm | None
 ) -> float:
     """Seconds that the signals of all methods took, those that share a pass in one; 0 without a
     proxy."""
-    passes: dict[Hashable, list[Any]] = {}
-    for signal in dict.fromkeys(s for run in runs for s in _with_proxy(run.method)):
+    from selection.extract.loop import check_images, extract
+
+    passes: dict[Hashable, list[Signal]] = {}
+    for signal in dict.fromkeys(signal for job in jobs for signal in _of_proxy(job.method)):
         if model is not None and _has(model, signal):
             passes.setdefault(signal.pass_over(), []).append(signal)
     if not passes:
         return 0.0
-    begun, pool = time.monotonic(), Pool.open(where.pool, where.limit)
-    rows = np.arange(len(pool))
+    begun, rows = time.monotonic(), np.arange(len(pool))
     check_images(pool, rows, where.images)
     for signals in passes.values():
-        extract_together_with(signals, rows, pool, where, proxy, ranks, model)
+        extract(signals, model, pool, rows, where, proxy)
     return time.monotonic() - begun
 
 
-def _has(model: Vlm, signal: Any) -> bool:
+def _of_proxy(method: Method) -> Iterable[Signal]:
+    """The signals of a method that the proxy computes."""
+    others = method.checkpoints()
+    return (
+        signal
+        for name, signal in method.signals().items()
+        if isinstance(signal, ProxySignal) and name not in others
+    )
+
+
+def _has(model: Vlm, signal: Signal) -> bool:
     """Whether `model` has what the signal reads; if not its method will say so."""
     try:
         signal.reads(model)
@@ -153,49 +157,31 @@ def _has(model: Vlm, signal: Any) -> bool:
     return True
 
 
-def _report(
-    out: Path, finished: Mapping[str, Path], skipped: Mapping[str, str], seconds: float
-) -> None:
-    manifests = {
-        name: json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, folder in finished.items()
-    }
-    _print_times(manifests)
-    print(f"signals of the proxy, in as few passes as they can share: {seconds:.1f} s")
-    _print_shares(finished)
-    if len(finished) > 1:
-        compare([str(folder) for folder in finished.values()], out / "compare")
-    for name, reason in skipped.items():
-        print(f"not run: {name}: {reason}")
-
-
-def _print_times(manifests: Mapping[str, Any]) -> None:
-    """Size of each subset and seconds of each stage."""
-    times = {name: manifest["times"] for name, manifest in manifests.items()}
-    stages = list(dict.fromkeys(stage for mine in times.values() for stage in mine))
+def _report(out: Path, runs: Mapping[str, Run], skipped: Mapping[str, str], seconds: float) -> None:
+    """Print size, seconds by stage and sources of every subset, and how they compare."""
+    times = {name: run.manifest["times"] for name, run in runs.items()}
+    stages = list(dict.fromkeys(stage for of_run in times.values() for stage in of_run))
     rows = (
         (
             name,
-            str(manifests[name]["subset"]["n"]),
-            *(f"{mine[stage]:.1f}" if stage in mine else "" for stage in stages),
+            str(runs[name].manifest["subset"]["n"]),
+            *(f"{of_run[stage]:.1f}" if stage in of_run else "" for stage in stages),
         )
-        for name, mine in times.items()
+        for name, of_run in times.items()
     )
     print_table("seconds by stage", ("method", "samples", *stages), rows)
+    print(f"signals of the proxy, in as few passes as they can share: {seconds:.1f} s")
 
-
-def _print_shares(finished: Mapping[str, Path]) -> None:
-    """Share of every source in the pool and in each subset, largest source first."""
-    shares = {}
-    for name, folder in finished.items():
-        columns = pq.read_table(folder / "scores.parquet", columns=["source", "chosen"])
-        sources, chosen = (
-            columns[key].to_numpy(zero_copy_only=False) for key in columns.schema.names
-        )
-        shares[name] = source_shares(sources.astype(str), chosen.astype(bool))
-    pool = next(iter(shares.values()))
-    counts = {"pool": [n for _, n, _ in pool]}
-    counts |= {name: [chosen for *_, chosen in mine] for name, mine in shares.items()}
-    headings = ("method", *(source for source, *_ in pool))
-    rows = ((name, *(f"{n / sum(mine):.1%}" for n in mine)) for name, mine in counts.items())
+    # Share of every source in the pool and in each subset, largest source first.
+    shares = {name: shares_of(run) for name, run in runs.items()}
+    in_pool = next(iter(shares.values()))
+    counts = {"pool": [n for _, n, _ in in_pool]}
+    counts |= {name: [chosen for *_, chosen in of_run] for name, of_run in shares.items()}
+    headings = ("method", *(source for source, *_ in in_pool))
+    rows = ((name, *(f"{n / sum(of_run):.1%}" for n in of_run)) for name, of_run in counts.items())
     print_table("share of each source", headings, rows)
+
+    if len(runs) > 1:
+        compare(list(runs.values()), out / "compare")
+    for name, reason in skipped.items():
+        print(f"not run: {name}: {reason}")

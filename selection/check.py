@@ -8,23 +8,25 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-import itertools
+import functools
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from llava import files
 from llava.conversation import get_template
-from llava.data import expand_image
 from llava.errors import DataError, UsageError, UserError
-from llava.images import check_image, open_image
-from llava.records import Record
-from llava.tokens import IGNORE_INDEX, Tokenizer, encode_conversation
+from llava.lazy import Lazy
 from selection.pool.pool import Pool
 from selection.settings import PoolSettings
+
+if TYPE_CHECKING:
+    from llava.data import InputFormat
+    from llava.tokens import Tokenizer
+
+data, images, tokens = Lazy("llava.data"), Lazy("llava.images"), Lazy("llava.tokens")
 
 MAX_IN_FLIGHT = 4096  # records queued to the threads at a time: bounds memory for any pool size
 
@@ -71,18 +73,28 @@ def check_pool(
     pool: Pool, where: PoolSettings, settings: CheckSettings, tokenizer: Tokenizer | None
 ) -> list[Defect]:
     """All defects of `pool`, by row. Without `where.images` a record with an image is a defect."""
-
-    def look(row: int) -> Defect | None:
-        return _check_row(pool, row, where, settings, tokenizer)
-
-    found = []
-    with concurrent.futures.ThreadPoolExecutor(settings.workers) as threads:
-        bar = tqdm(total=len(pool), desc="check", unit=" samples", disable=None)
-        for rows in _chunks(range(len(pool)), MAX_IN_FLIGHT):
-            found += [defect for defect in threads.map(look, rows) if defect]
+    input_format = None
+    if tokenizer is not None:
+        # The image token's id does not matter here: only which positions are left, and supervised.
+        input_format = data.InputFormat(
+            template=get_template(settings.template),
+            tokenizer=tokenizer,
+            image_processor=None,
+            image_token_id=0,
+            n_image_tokens=settings.image_tokens,
+            model_max_length=settings.model_max_length,
+        )
+    check = functools.partial(_check_row, pool, where, settings.decode, input_format)
+    defects = []
+    with (
+        concurrent.futures.ThreadPoolExecutor(settings.workers) as threads,
+        tqdm(total=len(pool), desc="check", unit=" samples", disable=None) as bar,
+    ):
+        for start in range(0, len(pool), MAX_IN_FLIGHT):
+            rows = range(len(pool))[start : start + MAX_IN_FLIGHT]
+            defects += [defect for defect in threads.map(check, rows) if defect]
             bar.update(len(rows))
-        bar.close()
-    return found
+    return defects
 
 
 def write_report(path: str, defects: list[Defect]) -> None:
@@ -94,7 +106,7 @@ def write_report(path: str, defects: list[Defect]) -> None:
 def print_defects(pool: Pool, defects: list[Defect], most: int = 20) -> None:
     """A count by kind, and the first defects one a line."""
     for defect in defects[:most]:
-        print(f"{os.path.basename(pool.path)} row {defect.row} (id {defect.id!r}): {defect.reason}")
+        print(f"{pool.path.name} row {defect.row} (id {defect.id!r}): {defect.reason}")
     if len(defects) > most:
         print(f"... and {len(defects) - most} more; --report FILE lists them all")
     kinds = collections.Counter(defect.kind for defect in defects)
@@ -106,22 +118,22 @@ def print_defects(pool: Pool, defects: list[Defect], most: int = 20) -> None:
 
 
 def _check_row(
-    pool: Pool,
-    row: int,
-    where: PoolSettings,
-    settings: CheckSettings,
-    tokenizer: Tokenizer | None,
+    pool: Pool, where: PoolSettings, decode: bool, input_format: InputFormat | None, row: int
 ) -> Defect | None:
+    """What is wrong with a row, or None: its record, else its image, else its labels."""
     if row in pool.bad:
         return Defect(row, pool.uid(row), pool.id(row), "record", pool.bad[row])
     record = pool.record(row)
     try:
         kind = "image"
         if record.image is not None:
-            _check_image(where, record.image, settings.decode)
+            _check_image(where, record.image, decode)
         kind = "labels"
-        if tokenizer is not None:
-            _check_labels(record, settings, tokenizer)
+        if input_format is not None:
+            labels = input_format.encode(record.turns, record.has_image).labels
+            if not (labels != tokens.IGNORE_INDEX).any():
+                limit = input_format.model_max_length
+                raise DataError(f"no supervised token within {limit} positions")
     except UserError as error:
         return Defect(row, pool.uid(row), record.id, kind, str(error))
     return None
@@ -130,20 +142,5 @@ def _check_row(
 def _check_image(where: PoolSettings, ref: str, decode: bool) -> None:
     if where.images is None:
         raise UsageError("has an image, and no --images folder is given")
-    look = open_image if decode else check_image
+    look = images.open_image if decode else images.check_image
     look(where.images, ref, extra_roots=[Path(root) for root in where.image_roots])
-
-
-def _check_labels(record: Record, settings: CheckSettings, tokenizer: Tokenizer) -> None:
-    template = get_template(settings.template)
-    encoded = encode_conversation(record.turns, record.has_image, template, tokenizer)
-    # The image token's id does not matter here: only which positions are left, and supervised.
-    encoded = expand_image(encoded, settings.image_tokens, 0, settings.model_max_length)
-    if not (encoded.labels != IGNORE_INDEX).any():
-        raise DataError(f"no supervised token within {settings.model_max_length} positions")
-
-
-def _chunks(rows: range, size: int) -> Iterator[list[int]]:
-    rows = iter(rows)
-    while chunk := list(itertools.islice(rows, size)):
-        yield chunk

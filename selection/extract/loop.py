@@ -10,7 +10,9 @@ that another store of the same inputs holds is copied from there: see `selection
 
 from __future__ import annotations
 
+import functools
 import gc
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,29 +22,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
+from llava import ranks
 from llava.errors import DataError, UsageError, UserError
 from llava.images import open_image
 from llava.progress import Progress
-from llava.vlm.base import Vlm
+from llava.vlm import pick_device
 from selection.pool.pool import Pool
-from selection.ranks import Ranks
-from selection.signals.base import Item, Sample, Signal
+from selection.settings import PoolSettings, ProxySettings
+from selection.signals.base import Item, OwnModelSignal, Sample, Scorer, Signal
+from selection.store.key import Column, StoreKey
 from selection.store.reuse import Known, write_uids
-from selection.store.store import (
-    DEFAULT_BLOCK_SIZE,
-    Column,
-    StoreReader,
-    StoreWriter,
-    is_complete,
-    store_folder,
-)
-
-BATCH_SIZE = 16
-MAX_TOKENS = 16384
-MAX_BAD = 0.001
+from selection.store.store import StoreReader, StoreWriter, is_complete
 
 
 @dataclass(frozen=True)
@@ -52,69 +44,62 @@ class Unusable:
     reason: str
 
 
-def signal_identity(signal: Signal, proxy: Vlm, pool: Pool, rows: np.ndarray) -> dict[str, Any]:
-    """Everything that decides the numbers of `signal` over `rows`: what a store answers for."""
-    inputs = {**signal.reads(proxy), "proxy": proxy.identity(), "pool": pool.digest(rows)}
-    return {**signal.identity(), **inputs}
+def store_key(signal: Signal, scorer: Scorer, pool: Pool, rows: np.ndarray) -> StoreKey:
+    """What decides the numbers of `signal` over pool `rows` (n,): what its store answers for."""
+    inputs = {
+        **signal.identity(),
+        **signal.reads(scorer),
+        "proxy": scorer.identity(),
+        "pool": pool.digest(rows),
+    }
+    return StoreKey(signal.name, inputs, rows, signal.columns(scorer))
 
 
-def extract(signal: Signal, *where: Any, **options: Any) -> StoreReader:
-    """Compute what is missing of one `signal` and open its store; see `extract_together`."""
-    return extract_together([signal], *where, **options)[0]
-
-
-def extract_together(
+def extract(
     signals: Sequence[Signal],
-    proxy: Vlm,
+    scorer: Scorer,
     pool: Pool,
     rows: np.ndarray,
-    store_root: str | Path,
-    image_folder: str | Path | None,
-    *,
-    batch_size: int = BATCH_SIZE,
-    max_tokens: int = MAX_TOKENS,
-    block_size: int = DEFAULT_BLOCK_SIZE,
-    num_workers: int = 0,
-    max_bad: float = MAX_BAD,
-    extra_roots: Sequence[Path] = (),
-    ranks: Ranks | None = None,
+    where: PoolSettings,
+    settings: ProxySettings,
     progress: bool = True,
 ) -> list[StoreReader]:
     """Compute what is missing of `signals` for pool `rows` (n,), in that order; open the stores.
 
     Several signals must be such as share a pass (`Signal.pass_over`): each sample goes through the
-    model once for all of them. Under torchrun every rank calls this, with the `ranks` of the
-    process if it has made some. A batch holds at most `batch_size` samples and `max_tokens` tokens,
-    padding included. `num_workers` processes prepare samples while the device computes; 0 prepares
-    in line. Links in the image folder may lead to `extra_roots`.
+    scorer once for all of them. Under a launcher every rank calls this. `where` says where the
+    images are, `settings` how batches, blocks and loader processes are cut, where the stores lie
+    and how many samples may be unusable.
 
     Raises DataError when more than `max_bad` of the rows (as a share; one always may) cannot be
     scored, UsageError when the image folder is missing, StorageError when the disk refuses.
     """
     rows = np.asarray(rows, dtype=np.int64)
     if signals[0].reads_images:
-        check_images(pool, rows, image_folder)
-    ranks, allowed = ranks or Ranks(), allowed_bad(len(rows), max_bad)
-    targets = [
-        (signal.name, signal_identity(signal, proxy, pool, rows), rows, signal.columns(proxy))
-        for signal in signals
-    ]
-    folders = [store_folder(store_root, *target) for target in targets]
+        check_images(pool, rows, where.images)
+    allowed = allowed_bad(len(rows), settings.max_bad)
+    keys = [store_key(signal, scorer, pool, rows) for signal in signals]
+    folders = [key.folder(settings.store) for key in keys]
+
+    # Rank 0 looks, the others hear of it: all agree on what is missing even while files change.
     parts = []
-    for signal, target, folder in zip(signals, targets, folders, strict=True):
-        if not ranks.from_first(lambda folder=folder: is_complete(folder)):
-            ranks.from_first(lambda signal=signal: signal.begin(proxy, pool, rows))
-            known = Known.find(store_root, target[0], target[1], pool, rows, target[3])
-            writer = _open_writer(store_root, target, block_size, ranks)
-            parts.append(_Part(signal, writer, known, set(ranks.from_first(writer.missing_blocks))))
+    for signal, key, folder in zip(signals, keys, folders, strict=True):
+        if ranks.from_main(functools.partial(is_complete, folder)):
+            continue
+        ranks.from_main(functools.partial(signal.begin, scorer, pool, rows))
+        known = Known.find(settings.store, key, pool)
+        writer = _open_writer(key, settings)
+        missing = set(ranks.from_main(writer.missing_blocks))
+        parts.append(_Part(signal, signal.columns(scorer), writer, known, missing))
+
     for group in _by_block_size(parts):
-        samples = Samples(group[0].signal, proxy, pool, image_folder, extra_roots)
-        run = _Run(group, proxy, samples, batch_size, max_tokens, allowed)
+        samples = Samples(group[0].signal, scorer, pool, where)
+        run = _Run(group, scorer, samples, settings, allowed)
         blocks = sorted(set.union(*(part.missing for part in group)))
-        run.write_blocks(blocks[ranks.rank :: ranks.world_size], num_workers, progress)
+        run.write_blocks(blocks[ranks.rank() :: ranks.world_size()], progress)
     for part in parts:
         ranks.barrier()
-        if ranks.is_first:
+        if ranks.rank() == 0:
             write_uids(part.writer.folder, pool, rows)
             part.writer.finish()
         ranks.barrier()
@@ -124,11 +109,29 @@ def extract_together(
     return readers
 
 
-def _open_writer(root: str | Path, target: tuple, block_size: int, ranks: Ranks) -> StoreWriter:
-    if not ranks.is_first:
+def extract_signal(
+    signal: Signal,
+    rows: np.ndarray,
+    pool: Pool,
+    where: PoolSettings,
+    settings: ProxySettings,
+    proxy: Scorer | None = None,
+) -> StoreReader:
+    """`extract` of one signal on pool `rows` (n,), with `proxy` or with the scorer it brings."""
+    if isinstance(signal, OwnModelSignal):
+        readers = {
+            name: extract_signal(first, its_rows, pool, where, settings)
+            for name, (first, its_rows) in signal.before(pool, rows).items()
+        }
+        proxy = signal.open_model(pool, readers, settings)
+    return extract([signal], proxy, pool, rows, where, settings)[0]
+
+
+def _open_writer(key: StoreKey, settings: ProxySettings) -> StoreWriter:
+    if ranks.rank() > 0:
         ranks.barrier()  # rank 0 begins the store and fixes its block size
-    writer = StoreWriter.open(root, *target, block_size, ranks.rank)
-    if ranks.is_first:
+    writer = StoreWriter.open(settings.store, key, settings.block_size, ranks.rank())
+    if ranks.rank() == 0:
         ranks.barrier()
     return writer
 
@@ -153,17 +156,10 @@ def check_bad(bad: Sequence[dict], allowed: int, pool: Pool, folder: Path) -> No
 class Samples(Dataset):
     """Pool rows as items of a signal; runs in loader processes."""
 
-    def __init__(
-        self,
-        signal: Signal,
-        proxy: Vlm,
-        pool: Pool,
-        image_folder: str | Path | None,
-        extra_roots: Sequence[Path] = (),
-    ) -> None:
-        self.signal, self.proxy, self.pool = signal, proxy, pool
-        self.image_folder = None if image_folder is None else Path(image_folder)
-        self.extra_roots = tuple(extra_roots)
+    def __init__(self, signal: Signal, scorer: Scorer, pool: Pool, where: PoolSettings) -> None:
+        self.signal, self.scorer, self.pool = signal, scorer, pool
+        self.image_folder = None if where.images is None else Path(where.images)
+        self.extra_roots = tuple(map(Path, where.image_roots))
 
     def __getitem__(self, row: int) -> Item | Unusable:
         if row in self.pool.bad:
@@ -171,16 +167,14 @@ class Samples(Dataset):
         try:
             record = self.pool.record(row)
             shown = self.signal.reads_images and bool(self.pool.has_image[row])
-            image = self._open(record.image) if shown else None
-            sample = Sample(row, self.pool.uid(row), record, image)
-            return self.signal.prepare(self.proxy, sample)
+            image = None
+            if shown:
+                image = open_image(self.image_folder, record.image, extra_roots=self.extra_roots)
+            return self.signal.prepare(self.scorer, Sample(row, self.pool.uid(row), record, image))
         except UserError as error:
             return Unusable(str(error))
         except MemoryError:
             return Unusable("out of memory while opening or preparing it")
-
-    def _open(self, ref: str) -> Image:
-        return open_image(self.image_folder, ref, extra_roots=self.extra_roots)
 
     def note(self, row: int, reason: str) -> dict[str, Any]:
         """How a store lists a sample without numbers."""
@@ -195,6 +189,7 @@ class _Part:
     """One signal of an extraction: where its blocks go, which are missing, what is known."""
 
     signal: Signal
+    columns: list[Column]
     writer: StoreWriter
     known: Known
     missing: set[int]
@@ -215,33 +210,32 @@ class _Run:
     def __init__(
         self,
         parts: list[_Part],
-        proxy: Vlm,
+        scorer: Scorer,
         samples: Samples,
-        batch_size: int,
-        max_tokens: int,
+        settings: ProxySettings,
         allowed: int,
     ) -> None:
-        self.parts, self.proxy, self.samples = parts, proxy, samples
-        self.batch_size, self.max_tokens, self.allowed = batch_size, max_tokens, allowed
+        self.parts, self.scorer, self.samples, self.allowed = parts, scorer, samples, allowed
         self.signals = [part.signal for part in parts]
-        self.columns = [part.signal.columns(proxy) for part in parts]
+        self.batch_size, self.max_tokens = settings.batch_size, settings.max_tokens
+        self.num_workers = n_workers(settings)
 
-    def write_blocks(self, blocks: Sequence[int], num_workers: int, progress: bool) -> None:
+    def write_blocks(self, blocks: Sequence[int], progress: bool) -> None:
         """Compute what is not known of `blocks`, and commit them. Stops with DataError once too
         many samples are unusable."""
         writer = self.parts[0].writer
-        block_rows = [writer.block_rows(block) for block in blocks]
-        fresh = [self._fresh(*pair) for pair in zip(blocks, block_rows, strict=True)]
-        rows = [int(row) for mine, new in zip(block_rows, fresh, strict=True) for row in mine[new]]
-        items = iter(load(self.samples, rows, num_workers, writer.block_size))
+        all_rows = [writer.block_rows(block) for block in blocks]
+        fresh = [self._fresh(*pair) for pair in zip(blocks, all_rows, strict=True)]
+        to_compute = [rows[new].tolist() for rows, new in zip(all_rows, fresh, strict=True)]
+        order = list(itertools.chain.from_iterable(to_compute))
+        items = iter(load(self.samples, order, self.num_workers, writer.block_size))
         name = " + ".join(signal.name for signal in self.signals)
-        with Progress(name, len(rows), progress) as bar:
-            for block, mine, new in zip(blocks, block_rows, fresh, strict=True):
-                here = [next(items) for _ in range(new.sum())]
-                found = self.compute(mine[new].tolist(), here, bar)
-                for part, (arrays, notes) in zip(self.parts, found, strict=True):
+        with Progress(name, len(order), progress) as bar:
+            for block, rows, new, rows_new in zip(blocks, all_rows, fresh, to_compute, strict=True):
+                computed = self.compute(rows_new, list(itertools.islice(items, len(rows_new))), bar)
+                for part, (arrays, notes) in zip(self.parts, computed, strict=True):
                     if block in part.missing:
-                        self._commit(part, block, mine, new, arrays, notes)
+                        self._commit(part, block, rows, new, arrays, notes)
 
     def _fresh(self, block: int, rows: np.ndarray) -> np.ndarray:
         """Which `rows` (n,) of a block some signal has yet to be computed on, (n,) bool."""
@@ -267,7 +261,7 @@ class _Run:
     ) -> list[tuple[dict[str, np.ndarray], list[dict[str, Any]]]]:
         """Of each signal the arrays of one block, NaN (0 for integers) where a sample has no
         numbers, and the list of those samples."""
-        arrays = [{c.name: _blank(c, len(rows)) for c in columns} for columns in self.columns]
+        arrays = [{c.name: _blank(c, len(rows)) for c in part.columns} for part in self.parts]
         unusable = {i: item.reason for i, item in enumerate(items) if isinstance(item, Unusable)}
         reasons = [dict(unusable) for _ in self.parts]
         bar.advance(len(unusable), len(unusable))
@@ -276,16 +270,16 @@ class _Run:
             while positions:
                 size = max(1, min(len(positions), self.batch_size, self.max_tokens // n_tokens))
                 batch, rest = positions[:size], positions[size:]
-                found = self._attempt([items[i] for i in batch])
-                if found is None and size > 1:
+                columns = self._attempt([items[i] for i in batch])
+                if columns is None and size > 1:
                     self.max_tokens = size // 2 * n_tokens  # for all later batches too
                     continue
-                failed = self._store(arrays, batch, found, n_tokens)
-                for mine, new in zip(reasons, failed, strict=True):
-                    mine.update(new)
+                failed = self._store(arrays, batch, columns, n_tokens)
+                for so_far, new in zip(reasons, failed, strict=True):
+                    so_far.update(new)
                 bar.advance(size, len(set().union(*failed)))
                 positions = rest
-        notes = [[self.samples.note(rows[i], mine[i]) for i in sorted(mine)] for mine in reasons]
+        notes = [[self.samples.note(rows[i], why[i]) for i in sorted(why)] for why in reasons]
         return list(zip(arrays, notes, strict=True))
 
     def _attempt(self, items: list[Item]) -> list[dict[str, np.ndarray]] | None:
@@ -293,8 +287,8 @@ class _Run:
         try:
             with torch.inference_mode():
                 if len(self.signals) > 1:
-                    return self.signals[0].compute_together(self.signals, self.proxy, items)
-                return [self.signals[0].compute(self.proxy, items)]
+                    return self.signals[0].compute_together(self.signals, self.scorer, items)
+                return [self.signals[0].compute(self.scorer, items)]
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -308,22 +302,29 @@ class _Run:
         self,
         arrays: list[dict[str, np.ndarray]],
         positions: list[int],
-        found: list[dict[str, np.ndarray]] | None,
+        columns: list[dict[str, np.ndarray]] | None,
         n_tokens: int,
     ) -> list[dict[int, str]]:
         """Put a batch's columns in their places; returns by signal the positions that have none,
         and why."""
-        if found is None:
+        if columns is None:
             reason = f"out of memory with this sample alone ({n_tokens} tokens)"
             return [{positions[0]: reason} for _ in self.parts]
         reasons = []
-        for signal, into, columns in zip(self.signals, arrays, found, strict=True):
-            failed = non_finite(columns, signal.may_be_nan)
+        for signal, into, of_signal in zip(self.signals, arrays, columns, strict=True):
+            failed = non_finite(of_signal, signal.may_be_nan)
             good = [k for k in range(len(positions)) if k not in failed]
-            for name, array in columns.items():
+            for name, array in of_signal.items():
                 into[name][[positions[k] for k in good]] = array[good]
             reasons.append({positions[k]: reason for k, reason in failed.items()})
         return reasons
+
+
+def n_workers(settings: ProxySettings) -> int:
+    """Loader processes of each rank."""
+    if settings.num_workers >= 0:
+        return settings.num_workers
+    return 4 if pick_device(settings.device).type == "cuda" else 0
 
 
 def load(

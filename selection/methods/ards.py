@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from llava.errors import DataError, UsageError
-from selection.methods.base import Context, Method, Plan, Request, Scored
+from llava.lazy import Lazy
+from selection.methods.base import Context, Method, Request, Scored, SecondStage
 from selection.pool.formats import FORMATS, formats_of, perturbable
 from selection.signals.forward import Forward
 from selection.signals.perturbed import KIND_CHOICE, Perturbed
@@ -37,6 +37,8 @@ from selection.vectors.kmeans import cluster_groups
 if TYPE_CHECKING:
     from selection.pool.pool import Pool
     from selection.store.store import StoreReader
+
+torch = Lazy("torch")
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ class Ards(Method):
     def signals(self) -> dict[str, Forward]:
         return {"forward": Forward()}
 
-    def plan(self, context: Context, rng: np.random.Generator) -> Plan:
+    def second_stage(self, context: Context, rng: np.random.Generator) -> SecondStage:
         """Clusters C_m, and the perturbed signals of the candidates drawn from each."""
         settings = self.settings
         fit_keys, draw_keys = context.keys(rng), context.keys(rng)
@@ -237,9 +239,9 @@ class Ards(Method):
                 f"{settings.min_cluster_size} samples; lower it, or --n_clusters"
             )
         if not settings.perturbation:
-            return Plan(state=(clusters, made))
+            return SecondStage(state=(clusters, made))
         rows = np.sort(np.concatenate([cluster.candidates for cluster in clusters]))
-        return Plan({"perturbed": Request(self._perturbed, rows)}, (clusters, made))
+        return SecondStage({"perturbed": Request(self._perturbed, rows)}, (clusters, made))
 
     def foreseen(self, pool: Pool) -> dict[str, Request]:
         """Candidates of as many clusters as there can be, taken evenly from all that can be."""
@@ -256,7 +258,7 @@ class Ards(Method):
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """I(x_i) of the whole pool; artefacts: the clusters, the subgroups and their weights."""
-        clusters, made = context.plan.state
+        clusters, made = context.stage.state
         losses = context.values("forward", "nll_mean")
         keys, copy_losses = self._attack(context, rng)
         subgroups = self._subgroups(context, clusters, keys, copy_losses)

@@ -6,9 +6,13 @@ first ones, and turns them into scores. It opens no file and runs no model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -16,6 +20,7 @@ import xxhash
 
 from llava.errors import NonFiniteError
 from selection.rules.budget import top_k
+from selection.signals.base import ProxySignal
 
 if TYPE_CHECKING:
     from selection.pool.pool import Pool
@@ -31,7 +36,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SecondStage:
     """What a method decided after the first signals: further requests, and its own `state`.
 
     It is made again, not stored, when an interrupted run continues; so it has to be a function of
@@ -40,6 +45,51 @@ class Plan:
 
     requests: Mapping[str, Request] = field(default_factory=dict)
     state: Any = None
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """A LoRA that a method wants trained on a random part of the pool, where none is named.
+
+    The samples are those of `select random --budget SHARE --seed SEED`. `moments` asks for a
+    checkpoint with Adam's moments. `fills` is the setting that names the result, `base_fills` the
+    one that names the model it was trained on.
+    """
+
+    share: str = "0.05"
+    seed: int = 0
+    moments: bool = False
+    fills: str = "model"
+    base_fills: str = "model_base"
+
+    @property
+    def instead_of_model(self) -> bool:
+        """Whether a run that names its `--model` needs no such training."""
+        return self.fills == "model"
+
+
+@dataclass(frozen=True)
+class CoTrain:
+    """A training in a program of the method's own, on samples that a run of the method prepared.
+
+    `module` is started as the training program on the prepared subset, with `prepared_flag` and
+    the folder of that run among its `flags`; `preparing` are the settings of that run, whose
+    `budget` is one. `paper_flags` and `paper_batch` hold where the recipe has the paper's sizes.
+    `fills` is the setting that names `result`, a file of the training's folder.
+    """
+
+    module: str
+    preparing: Mapping[str, Any]
+    prepared_flag: str
+    result: str
+    fills: str
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    paper_flags: Mapping[str, Any] = field(default_factory=dict)
+    paper_batch: int | None = None
+    instead_of_model: ClassVar[bool] = True
+
+
+Training = WarmUp | CoTrain
 
 
 @dataclass(frozen=True)
@@ -67,12 +117,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may know: facts of the pool, readers of the signals by name, its own plan,
-    the target tasks, and how many samples will be selected, `k`."""
+    """What a method may know: facts of the pool, readers of the signals by name, what it decided
+    in its second stage, the target tasks, and how many samples will be selected, `k`."""
 
     pool: Pool
     readers: Mapping[str, StoreReader] = field(default_factory=dict)
-    plan: Plan = Plan()
+    stage: SecondStage = SecondStage()
     tasks: tuple[Task, ...] = ()
     k: int = 0
 
@@ -110,22 +160,31 @@ class NoSettings:
 
 
 class Method:
-    """Base of every method. The class stands in `selection/methods/<name>.py` and is found there.
+    """Base of every method. One in `selection/methods/<name>.py` is found there under that name;
+    one from elsewhere is called as its class says, in lower case with underscores.
 
     A subclass sets `Settings` (a frozen dataclass; the sentence under each field is the command
     line's help), and overrides `score`, and as needed the others.
     """
 
     name: ClassVar[str]
+    origin: ClassVar[str]
+    """What `get_method` finds the class by: its name, or `path/to/file.py:Class`."""
     Settings: ClassVar[type] = NoSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     rounding: ClassVar[str] = "nearest"
 
     def __init_subclass__(cls) -> None:
-        cls.name = cls.__module__.rpartition(".")[2]
+        package, _, module = cls.__module__.rpartition(".")
+        if f"{package}.".startswith("selection.methods."):
+            cls.name = module
+        elif "name" not in vars(cls):
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        cls.origin = cls.name
 
-    def __init__(self, settings: Any = None) -> None:
-        self.settings = self.Settings() if settings is None else settings
+    def __init__(self, settings: Any = None, /, **values: Any) -> None:
+        """Take filled `Settings`, or the values of some of their fields."""
+        self.settings = self.Settings(**values) if settings is None else settings
 
     def signals(self) -> dict[str, Any]:
         """Signals wanted for the whole pool before anything else, by the name to read them by."""
@@ -141,6 +200,17 @@ class Method:
         by the signal's name; the others are computed with the proxy, `--model`."""
         return {}
 
+    def training(self) -> Sequence[Training]:
+        """What is to be trained before anything is computed, for settings that name no model or
+        file of their own. `selection/prepare.py` does it for what the caller leaves open."""
+        return ()
+
+    def content(self) -> dict[str, Any]:
+        """What else decides the scores, JSON-serialisable: of a method from elsewhere its code."""
+        if type(self).__module__.startswith("selection."):
+            return {}
+        return {"sha256": source_digest(type(self))}
+
     def files(self) -> dict[str, str]:
         """Files that decide the scores, by setting; with other bytes a run is another run."""
         return {}
@@ -150,19 +220,19 @@ class Method:
         others = self.checkpoints()
         first = [signal for name, signal in self.signals().items() if name not in others]
         later = [request.signal for request in self.foreseen(pool).values()]
-        return any(signal.uses_proxy for signal in [*first, *later])
+        return any(isinstance(signal, ProxySignal) for signal in [*first, *later])
 
     def foreseen(self, pool: Pool) -> dict[str, Request]:
-        """What `plan` will ask for, by name, told from the pool alone: at most so many rows, and
-        rows like those it will choose. For estimates of time and disk."""
+        """What `second_stage` will ask for, by name, told from the pool alone: at most so many
+        rows, and rows like those it will choose. For estimates of time and disk."""
         return {}
 
-    def plan(self, context: Context, rng: np.random.Generator) -> Plan:
-        """Second stage: what else has to be computed and on which rows, given the first signals."""
-        return Plan()
+    def second_stage(self, context: Context, rng: np.random.Generator) -> SecondStage:
+        """What else has to be computed and on which rows, given the first signals."""
+        return SecondStage()
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
-        """Scores of the whole pool, from `context.readers` and `context.plan`."""
+        """Scores of the whole pool, from `context.readers` and `context.stage`."""
         raise NotImplementedError
 
     def select(self, context: Context, scores: np.ndarray, k: int) -> np.ndarray:
@@ -175,14 +245,14 @@ class Method:
         seed: int,
         extract: Callable[[Mapping[str, Request]], Mapping[str, StoreReader]],
     ) -> Scored:
-        """Plan, let `extract` compute what the plan asks for, score, and check the scores.
+        """Both stages: let `extract` compute what the second asks for, score, check the scores.
 
         `context.readers` holds the signals of `signals()`. Raises NonFiniteError for an infinite
         score; rows that the pool lists as bad get NaN.
         """
-        plan = self.plan(context, stream(seed, self.name, "plan"))
-        more = extract(plan.requests) if plan.requests else {}
-        context = replace(context, readers={**context.readers, **more}, plan=plan)
+        stage = self.second_stage(context, stream(seed, self.name, "plan"))
+        more = extract(stage.requests) if stage.requests else {}
+        context = replace(context, readers={**context.readers, **more}, stage=stage)
         scored = self.score(context, stream(seed, self.name, "score"))
         return replace(scored, scores=self._checked(scored.scores, context.pool))
 
@@ -204,6 +274,17 @@ def stream(seed: int, *names: str) -> np.random.Generator:
     """The generator of one purpose: a function of seed and names, not of what ran before."""
     words = np.frombuffer(xxhash.xxh3_128_digest("/".join(names).encode()), np.uint32)
     return np.random.default_rng([seed, *words.tolist()])
+
+
+def source_digest(cls: type) -> str | None:
+    """sha256 of the file that defines a class, or of its text where there is no file (a notebook);
+    None where neither can be had."""
+    try:
+        path = Path(inspect.getsourcefile(cls) or "")
+        source = path.read_bytes() if path.is_file() else inspect.getsource(cls).encode()
+    except (OSError, TypeError):
+        return None
+    return hashlib.sha256(source).hexdigest()
 
 
 def _uniform(uids: np.ndarray, copies: np.ndarray, salt: np.uint64) -> np.ndarray:

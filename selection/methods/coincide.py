@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from llava.errors import DataError, UsageError
+from llava.lazy import Lazy
 from selection.methods.base import Context, Method, Scored
 from selection.signals.attention_means import Blocks
 from selection.vectors import stream
@@ -33,6 +33,9 @@ from selection.vectors.kmeans import cluster_rows, members
 
 if TYPE_CHECKING:
     from selection.store.store import StoreReader
+
+torch = Lazy("torch")
+
 
 COLUMNS = ("vision", "language")
 SAME_SKILL = 0.9

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llava.errors import DataError
-from selection.methods.base import Context, Method, Scored
+from selection.methods.base import Context, Method, Scored, WarmUp
 from selection.rules import influence
 from selection.rules.consensus import Aggregation, aggregate, check, decided_by_rank, total_votes
 from selection.signals.gradients.gradients import Gradients
@@ -61,6 +61,9 @@ class Icons(Method):
 
     def target_signals(self) -> dict[str, Any]:
         return {GRADIENTS: self._gradients("clean")}
+
+    def training(self) -> tuple[WarmUp, ...]:
+        return (WarmUp(),)
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """Consensus of the influences; artefacts: the influences (N, K) and the tasks."""

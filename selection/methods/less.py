@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llava.errors import UsageError
-from selection.methods.base import Context, Method, Scored
+from selection.methods.base import Context, Method, Scored, WarmUp
 from selection.pool.targets import title_of
 from selection.rules import influence
 from selection.rules.consensus import check
@@ -77,6 +77,9 @@ class Less(Method):
     def checkpoints(self) -> dict[str, tuple[str, str | None]]:
         given = self.settings.checkpoints
         return {name: (path, None) for name, path in zip(self._names, given, strict=False)}
+
+    def training(self) -> tuple[WarmUp, ...]:
+        return () if self.settings.checkpoints else (WarmUp(moments=True),)
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """Largest weighted influence; artefacts: that on every sub-task (N, S), their names."""

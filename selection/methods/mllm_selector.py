@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llava.errors import UsageError
-from selection.methods.base import Context, Method, Scored
+from selection.methods.base import Context, Method, Scored, WarmUp
 from selection.methods.random import Random
 from selection.methods.random_stratified import largest_remainder
 from selection.rules.budget import budget_size, top_k
@@ -103,6 +103,10 @@ class MllmSelector(Method):
 
     def signals(self) -> dict[str, Any]:
         return {"forward": Forward()}
+
+    def training(self) -> tuple[WarmUp, ...]:
+        """The seed model: its proxy has learnt the seed set."""
+        return (WarmUp(self.settings.n_seed, self.settings.seed_draw),)
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """s / tau + G for the grouped draw, else s or -s; the seed set is scored too."""

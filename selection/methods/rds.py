@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from selection.methods.base import Context, Method, Scored
+from selection.methods.base import Context, Method, Scored, WarmUp
 from selection.methods.icons import agreement
 from selection.rules import influence
 from selection.rules.consensus import Aggregation
@@ -44,6 +44,9 @@ class Rds(Method):
 
     def target_signals(self) -> dict[str, Any]:
         return {"forward": Forward()}
+
+    def training(self) -> tuple[WarmUp, ...]:
+        return (WarmUp(),)
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """Consensus of the mean cosines; artefacts as of ICONS."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava.errors import UsageError
-from selection.methods.base import Context, Method, Scored
+from selection.methods.base import Context, Method, Scored, WarmUp
 from selection.signals.forward import Forward
 
 
@@ -52,6 +52,12 @@ class RhoLoss(Method):
                 "--holdout_model is missing: a checkpoint trained on other samples than the proxy"
             )
         return {"holdout": (self.settings.holdout_model, self.settings.holdout_base)}
+
+    def training(self) -> tuple[WarmUp, ...]:
+        """The holdout model learns other samples than a proxy, which are those of seed 0."""
+        if self.settings.holdout_model:
+            return ()
+        return (WarmUp(seed=1, fills="holdout_model", base_fills="holdout_base"),)
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """The reducible loss of every sample."""

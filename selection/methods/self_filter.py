@@ -22,18 +22,23 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from llava.errors import UsageError
+from llava.lazy import Lazy
 from selection.methods.base import Context, Method, Scored
 from selection.signals.clip import DEFAULT, Clip
 from selection.signals.forward import Forward
 from selection.vectors import stream
 from selection.vectors.neighbours import Neighbours
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = Lazy("torch")
+
 
 COLUMNS = ("image_features", "text_features")
 LISTED = 64

@@ -17,14 +17,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 
 from llava.errors import UsageError
+from llava.lazy import Lazy
 from selection.methods.base import Context, Method, Scored
 from selection.methods.semdedup import score_clusters
 from selection.rules.bands import band_scores
 from selection.signals.forward import Forward
 from selection.vectors import stream
+
+torch = Lazy("torch")
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,16 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from llava.errors import UsageError
+from llava.lazy import Lazy
 from selection.methods.base import Context, Method, Scored
 from selection.signals.forward import Forward
 from selection.vectors import stream
 from selection.vectors.kmeans import cluster_rows, members
+
+torch = Lazy("torch")
+
 
 COLUMNS = ("last_state",)
 _CHUNK = 1024

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from llava.errors import UsageError
-from selection.methods.base import Context, Method, Scored
+from llava.lazy import Lazy
+from selection.methods.base import Context, Method, Scored, WarmUp
 from selection.methods.mllm_selector import gumbel
 from selection.rules.budget import top_k
 from selection.signals.gradients.gradients import Gradients
@@ -30,6 +30,8 @@ from selection.vectors import stream
 
 if TYPE_CHECKING:
     from selection.store.store import StoreReader
+
+torch = Lazy("torch")
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,9 @@ class Tive(Method):
 
     def signals(self) -> dict[str, Any]:
         return {"gradients": Gradients(dim=self.settings.dim, projection=self.settings.projection)}
+
+    def training(self) -> tuple[WarmUp, ...]:
+        return (WarmUp(),)
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """q v_i + Gumbel; artefacts: the instance values (N,), the tasks and their values."""

@@ -11,26 +11,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from llava import files
 from llava.errors import UsageError
-from selection.output.folder import unseal
+from selection.output.folder import Run
 from selection.output.tables import print_table
 from selection.rules.budget import top_k
 from selection.rules.consensus import percentile_ranks
 
-
-@dataclass(frozen=True)
-class CompareSettings:
-    """Where the comparison goes."""
-
-    out: str = "outputs/compare"
-    """folder for compare.json and the pictures"""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -45,64 +39,62 @@ class Chosen:
     specialists: Mapping[str, np.ndarray]
 
 
-def read_run(folder: str | Path) -> Chosen:
-    """What a run chose. Raises UsageError when `folder` holds no finished run."""
-    folder = Path(folder)
-    manifest = unseal(folder / "manifest.json")
-    if manifest is None:
-        raise UsageError(f"{folder}: holds no finished run; name folders that `select` has written")
-    rows = np.loadtxt(folder / "subset_rows.txt", dtype=np.int64, ndmin=1)
-    scores = pq.read_table(folder / "scores.parquet", columns=["score"])["score"]
-    influence, tasks = (folder / "artefacts" / name for name in ("influence.npy", "tasks.json"))
-    found = {}
-    if influence.exists():
-        names = [task["name"] for task in json.loads(tasks.read_text(encoding="utf-8"))]
-        columns = np.load(influence, allow_pickle=False).T
-        found = {
+def read_run(run: str | Path | Run) -> Chosen:
+    """What a run chose. Raises UsageError when a folder holds no finished run."""
+    run = run if isinstance(run, Run) else Run.open(run)
+    rows, specialists = run.rows, {}
+    if (run.folder / "artefacts/influence.npy").exists():
+        names = [task["name"] for task in run.artefact("tasks")]
+        columns = run.artefact("influence").T
+        specialists = {
             name: top_k(column, len(rows)).rows for name, column in zip(names, columns, strict=True)
         }
-    pool = (manifest["pool"]["sha256"], manifest["pool"]["n"])
-    return Chosen(folder.name, pool, rows, scores.to_numpy().astype(float), found)
+    pool = (run.manifest["pool"]["sha256"], run.manifest["pool"]["n"])
+    scores = run.scores["score"].to_numpy().astype(float)
+    return Chosen(run.name, pool, rows, scores, specialists)
 
 
 def overlaps(subsets: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> np.ndarray:
     """Share of each of `subsets` that each of `others` has too, (m, n) in 0..1."""
     return np.array(
-        [[np.isin(mine, theirs).mean() for theirs in others] for mine in subsets], np.float64
+        [[np.isin(subset, other).mean() for other in others] for subset in subsets], np.float64
     )
 
 
 def rank_correlations(scores: Sequence[np.ndarray]) -> np.ndarray:
     """Spearman's correlation of the scores (N,) of every two runs, over the samples that both have
     scored, (n, n); NaN where a run gives all of these the same score."""
-    found = np.full((len(scores), len(scores)), np.nan)
+    correlations = np.full((len(scores), len(scores)), np.nan)
     for i, left in enumerate(scores):
         for j, right in enumerate(scores):
             both = ~np.isnan(left) & ~np.isnan(right)
             ranks = percentile_ranks(np.column_stack([left[both], right[both]]))
             if both.any() and (np.ptp(ranks, axis=0) > 0).all():
-                found[i, j] = np.corrcoef(ranks.T)[0, 1]
-    return found
+                correlations[i, j] = np.corrcoef(ranks.T)[0, 1]
+    return correlations
 
 
-def compare(folders: Sequence[str], out: str | Path) -> None:
+def compare(runs: Sequence[str | Path | Run], out: str | Path) -> dict[str, Any]:
     """Print how much the runs share, and write compare.json and the pictures into `out`.
 
-    Raises UsageError for runs of different pools, and for a run that there is nothing to hold
-    against.
+    Returns what compare.json holds. Raises UsageError for runs of different pools, and for a run
+    that there is nothing to hold against.
     """
-    runs = [read_run(folder) for folder in folders]
-    if not runs or (len(runs) == 1 and not runs[0].specialists):
+    folders = [run.folder if isinstance(run, Run) else Path(run) for run in runs]
+    chosen = [read_run(run) for run in runs]
+    if not chosen or (len(chosen) == 1 and not chosen[0].specialists):
         raise UsageError("name at least two run folders, or one of a method with --targets")
-    for run, folder in zip(runs, folders, strict=True):
-        if run.pool != runs[0].pool:
+    for one, folder in zip(chosen, folders, strict=True):
+        if one.pool != chosen[0].pool:
             raise UsageError(f"{folder}: chosen from another pool than {folders[0]}")
-    names = _distinct([run.name for run in runs], folders)
+    names = _distinct([one.name for one in chosen], folders)
     told = {"runs": dict(zip(names, map(str, folders), strict=True))}
-    compare_runs(dict(zip(names, runs, strict=True)), Path(out), told)
+    return compare_runs(dict(zip(names, chosen, strict=True)), Path(out), told)
 
 
-def compare_runs(runs: Mapping[str, Chosen], out: Path, told: Mapping[str, object]) -> None:
+def compare_runs(
+    runs: Mapping[str, Chosen], out: Path, told: Mapping[str, object]
+) -> dict[str, Any]:
     """`compare` of runs of one pool that are read already; `told` goes into compare.json too."""
     files.make_folder(out)
     names, facts = list(runs), dict(told)
@@ -119,11 +111,12 @@ def compare_runs(runs: Mapping[str, Chosen], out: Path, told: Mapping[str, objec
             facts[f"specialists of {name}"] = _compare_specialists(name, run, out)
     files.atomic_write(out / "compare.json", json.dumps(facts, indent=1).encode())
     print(f"{out}: compare.json and pictures")
+    return facts
 
 
 def _compare_specialists(name: str, run: Chosen, out: Path) -> dict[str, object]:
-    tasks, mine = list(run.specialists), list(run.specialists.values())
-    among, kept = overlaps(mine, mine), overlaps(mine, [run.rows])[:, 0]
+    tasks, subsets = list(run.specialists), list(run.specialists.values())
+    among, kept = overlaps(subsets, subsets), overlaps(subsets, [run.rows])[:, 0]
     title = f"{name}: share of the specialists that the subset has"
     print_table(title, ["", ""], zip(tasks, map("{:.1%}".format, kept), strict=True))
     _write(out / f"specialists-{name}.png", picture_of_specialists(name, tasks, among, kept))
@@ -132,6 +125,8 @@ def _compare_specialists(name: str, run: Chosen, out: Path) -> dict[str, object]
 
 def picture_of_runs(names: Sequence[str], shared: np.ndarray, agree: np.ndarray) -> Figure:
     """Two matrices side by side: overlap of the subsets, rank correlation of the scores."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5 + 1.6 * len(names), 2.4 + 0.7 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2)
     _matrix(left, shared, names, "share of the row's subset in the column's", "{:.0%}", 0)
@@ -143,6 +138,8 @@ def picture_of_specialists(
     name: str, tasks: Sequence[str], among: np.ndarray, kept: np.ndarray
 ) -> Figure:
     """The specialists' heat map (ICONS, figure 3), and their bars in the subset (figure 4)."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5 + 1.2 * len(tasks), 2.4 + 0.6 * len(tasks)), layout="constrained")
     left, right = figure.subplots(1, 2)
     _matrix(left, among, tasks, "overlap of the specialists", "{:.0%}", 0)
@@ -180,7 +177,7 @@ def _print(title: str, names: Sequence[str], matrix: np.ndarray, form: str) -> N
     print_table(title, ["", *numbers], rows)
 
 
-def _distinct(names: Sequence[str], folders: Sequence[str]) -> list[str]:
+def _distinct(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """The folders' own names where they differ, else their paths."""
     if len(set(names)) == len(names):
         return list(names)

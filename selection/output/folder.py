@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,64 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava import files
+from llava.errors import UsageError
+from selection.methods.base import Method
 from selection.output.environment import environment
 from selection.pool.pool import Pool
 
 SCHEMA = 1
 _SEAL = b'  "checksum": "'
+
+
+class Run:
+    """A finished run: its folder, and what stands in it."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Raises UsageError when `folder` holds no finished run."""
+        folder = Path(folder)
+        manifest = unseal(folder / "manifest.json")
+        if manifest is None:
+            raise UsageError(
+                f"{folder}: holds no finished run; name folders that `select` has written"
+            )
+        return cls(folder, manifest)
+
+    @property
+    def name(self) -> str:
+        """What its folder is called."""
+        return self.folder.name
+
+    @cached_property
+    def scores(self) -> pa.Table:
+        """row, uid, source, score, rank (1 = best) and chosen of every sample of the pool."""
+        return pq.read_table(self.folder / "scores.parquet")
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Pool rows of the subset, ascending, (k,) int64."""
+        return np.loadtxt(self.folder / "subset_rows.txt", dtype=np.int64, ndmin=1)
+
+    @property
+    def subset(self) -> Path:
+        """The chosen records, a LLaVA JSON list."""
+        return self.folder / "subset.json"
+
+    def artefact(self, name: str) -> Any:
+        """One of the method's own results: an array, or what JSON holds; KeyError if absent."""
+        path = self.folder / "artefacts" / name
+        if path.with_suffix(".npy").is_file():
+            return np.load(path.with_suffix(".npy"), allow_pickle=False)
+        if path.with_suffix(".json").is_file():
+            return json.loads(path.with_suffix(".json").read_bytes())
+        raise KeyError(f"{self.folder}: no artefact {name!r}")
+
+    def __repr__(self) -> str:
+        method, subset, pool = (self.manifest[key] for key in ("method", "subset", "pool"))
+        return f"<Run {self.folder}: {method['name']}, {subset['n']} of {pool['n']} samples>"
 
 
 def write_run(
@@ -41,27 +94,33 @@ def write_run(
     bad: Iterable[Mapping[str, Any]],
     seed: int,
     times: Mapping[str, float],
-) -> None:
+    command: Sequence[str] = (),
+) -> Run:
     """Write a finished selection into `out`, `manifest.json` last.
 
     `scored` has `scores` (N,) float64, `artefacts` and `notes`; `rows` (k,) int64 are the chosen
     pool rows, ascending; `config` is the YAML that replays the run; `identity` is the proxy's (None
     if no model was used); `signals` maps names to what identifies them; `bad` lists samples that
     could not be scored as `{"row", "reason", ...}`, those that the pool lists are added; `times`
-    are seconds by stage. Raises StorageError when the disk refuses.
+    are seconds by stage; `command` is how the run was asked for. Raises StorageError when the disk
+    refuses.
     """
     out, scores = Path(out), np.asarray(scored.scores, np.float64)
     files.make_folder(out)
     bad = all_bad(pool, bad)
     check_rows(pool, scores, rows, [entry["row"] for entry in bad])
-    names = write_subset(pool, rows, out)
-    names += [write_scores(pool, scores, rows, out), write_bad(bad, out)]
+    names, table = write_subset(pool, rows, out), score_table(pool, scores, rows)
+    names += [write_scores(table, out), write_bad(bad, out)]
     files.atomic_write(out / "config.yaml", config.encode())
     names += ["config.yaml", *write_artefacts(scored.artefacts, out)]
     digests = {name: describe_file(out / name) for name in names}
     manifest = {
         "schema": SCHEMA,
-        "method": {"name": method.name, "settings": plain_settings(method.settings)},
+        "method": {
+            "name": method.name,
+            "settings": plain_settings(method.settings),
+            **described_code(method),
+        },
         "pool": {
             "path": str(pool.path.resolve()),
             "n": len(pool),
@@ -77,7 +136,7 @@ def write_run(
         "proxy": identity,
         "signals": dict(signals),
         "seed": seed,
-        "command": sys.argv,
+        "command": list(command),
         "environment": environment(),
         "times": dict(times),
         "notes": list(scored.notes),
@@ -86,6 +145,9 @@ def write_run(
     }
     files.atomic_write(out / "manifest.json", seal(manifest))
     files.sweep(out)
+    run = Run(out, manifest)
+    run.scores = table
+    return run
 
 
 def check_rows(pool: Pool, scores: np.ndarray, rows: np.ndarray, bad_rows: Sequence[int]) -> None:
@@ -126,15 +188,15 @@ def ranking(scores: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def write_scores(pool: Pool, scores: np.ndarray, rows: np.ndarray, out: Path) -> str:
-    """Write `scores.parquet`: row, uid, source, score, rank (1 = best), chosen; a row a sample.
+def score_table(pool: Pool, scores: np.ndarray, rows: np.ndarray) -> pa.Table:
+    """row, uid, source, score, rank (1 = best), chosen; a row a sample.
 
     A sample that could not be scored has neither score nor rank.
     """
     chosen = np.zeros(len(pool), bool)
     chosen[rows] = True
     ranks = ranking(scores)
-    table = pa.table(
+    return pa.table(
         {
             "row": pa.array(np.arange(len(pool))),
             "uid": pa.array([pool.uid(row) for row in range(len(pool))]),
@@ -144,6 +206,10 @@ def write_scores(pool: Pool, scores: np.ndarray, rows: np.ndarray, out: Path) ->
             "chosen": pa.array(chosen),
         }
     )
+
+
+def write_scores(table: pa.Table, out: Path) -> str:
+    """Write `scores.parquet`."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, write_page_checksum=True)
     files.atomic_write(out / "scores.parquet", buffer.getvalue())
@@ -198,19 +264,25 @@ def warnings_of(
     pool: Pool, scores: np.ndarray, rows: np.ndarray, bad: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """What a user should know before trusting the subset."""
-    found, facts = [], cut_facts(scores, rows)
+    warnings, facts = [], cut_facts(scores, rows)
     if bad:
-        found.append(f"{count(len(bad), 'sample')} could not be scored: see bad_samples.jsonl")
+        warnings.append(f"{count(len(bad), 'sample')} could not be scored: see bad_samples.jsonl")
     if pool.duplicate_ids:
-        found.append(
+        warnings.append(
             f"{count(pool.duplicate_ids, 'sample')} with a repeated id: name samples by row or uid"
         )
     if facts["n_tied_chosen"] < facts["n_tied"]:
-        found.append(
+        warnings.append(
             f"{facts['n_tied']} samples tie at the lowest chosen score; {facts['n_tied_chosen']} "
             "of them are chosen, by pool position"
         )
-    return found
+    return warnings
+
+
+def described_code(method: Any) -> dict[str, Any]:
+    """Of a method from elsewhere: what it is found by, and the digest of its code."""
+    code = method.content() if isinstance(method, Method) else {}
+    return {"origin": method.origin, **code} if code else {}
 
 
 def plain_settings(settings: Any) -> dict[str, Any]:

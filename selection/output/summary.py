@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
-import pyarrow.parquet as pq
 from rich.console import Console
 
+from selection.output.folder import Run
 from selection.output.tables import print_table
 
 
@@ -24,28 +21,17 @@ def source_shares(sources: np.ndarray, chosen: np.ndarray) -> list[tuple[str, in
     return [(str(names[i]), int(in_pool[i]), int(in_subset[i])) for i in order]
 
 
-def print_summary(out: Path) -> None:
-    """Read the run folder `out` and print it for a person."""
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    table = pq.read_table(out / "scores.parquet", columns=["source", "chosen"])
-    sources = table["source"].to_numpy(zero_copy_only=False).astype(str)
-    chosen = table["chosen"].to_numpy(zero_copy_only=False).astype(bool)
-    console = Console(soft_wrap=True, highlight=False)
-    print_shares(source_shares(sources, chosen))
-    for line in [*manifest["notes"], *(f"warning: {text}" for text in manifest["warnings"])]:
-        console.print(line, markup=False)
-    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in manifest["times"].items())
-    console.print(f"time: {seconds}")
-    console.print(
-        f"{manifest['method']['name']}: {manifest['subset']['n']} of {manifest['pool']['n']} "
-        f"samples in {out / 'subset.json'}",
-        style="bold",
-        markup=False,
+def shares_of(run: Run) -> list[tuple[str, int, int]]:
+    """`source_shares` of a finished run."""
+    sources, chosen = (
+        run.scores[name].to_numpy(zero_copy_only=False) for name in ("source", "chosen")
     )
+    return source_shares(sources.astype(str), chosen.astype(bool))
 
 
-def print_shares(shares: list[tuple[str, int, int]]) -> None:
-    """Print `source_shares`."""
+def print_summary(run: Run) -> None:
+    """Print a finished run for a person."""
+    manifest, shares = run.manifest, shares_of(run)
     n_pool = sum(pool for _, pool, _ in shares)
     n_subset = max(sum(subset for _, _, subset in shares), 1)
     rows = (
@@ -60,3 +46,15 @@ def print_shares(shares: list[tuple[str, int, int]]) -> None:
         for name, in_pool, in_subset in shares
     )
     print_table("", ("source", "pool", "share", "subset", "share", "chosen of it"), rows)
+
+    console = Console(soft_wrap=True, highlight=False)
+    for line in [*manifest["notes"], *(f"warning: {text}" for text in manifest["warnings"])]:
+        console.print(line, markup=False)
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in manifest["times"].items())
+    console.print(f"time: {seconds}")
+    console.print(
+        f"{manifest['method']['name']}: {manifest['subset']['n']} of {manifest['pool']['n']} "
+        f"samples in {run.folder / 'subset.json'}",
+        style="bold",
+        markup=False,
+    )

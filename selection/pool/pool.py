@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,8 @@ class Pool:
 
     `uids` (N, 16) uint8; `has_image` (N,) bool; `source_codes` (N,) int32 into `source_names`;
     `bad` maps rows that violate the schema to the reason: they cannot be scored or selected;
-    `duplicate_ids` counts samples whose id an earlier one has (1 and "1" differ).
+    `duplicate_ids` counts samples whose id an earlier one has (1 and "1" differ). `images` and
+    `image_roots` say where the pictures are; they are no part of what the pool is.
     """
 
     path: Path
@@ -95,10 +97,22 @@ class Pool:
     starts: np.ndarray = field(repr=False)
     ends: np.ndarray = field(repr=False)
     _buffer: Any = field(repr=False, compare=False)
+    limit: int | None = None
+    images: str | None = None
+    image_roots: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, path: str | Path, limit: int | None = None) -> Pool:
+    def open(
+        cls,
+        path: str | Path,
+        limit: int | None = None,
+        images: str | Path | None = None,
+        image_roots: Sequence[str | Path] = (),
+    ) -> Pool:
         """Read the first `limit` (default: all) samples of a JSON list or JSON-lines file.
+
+        `images` is the folder that the records' `image` paths are relative to, `image_roots` are
+        further folders that links inside it may lead to.
 
         Raises UsageError when there is no such file or `limit` is no positive number, DataError
         when it is not a pool, is empty, or holds no usable record.
@@ -125,6 +139,9 @@ class Pool:
             starts=starts[:limit],
             ends=ends[:limit],
             _buffer=buffer,
+            limit=limit,
+            images=None if images is None else str(images),
+            image_roots=tuple(map(str, image_roots)),
         )
 
     def __len__(self) -> int:

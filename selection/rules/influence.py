@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from llava.errors import DataError
+from llava.lazy import Lazy
 from selection.vectors import stream
 
 if TYPE_CHECKING:
     from selection.methods.base import Context, Task
     from selection.store.store import StoreReader
+
+torch = Lazy("torch")
 
 
 def usable(reader: StoreReader) -> np.ndarray:

@@ -15,17 +15,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
+from llava.lazy import Lazy
 from llava.records import Record, Turn
-from llava.vlm.base import Batch, ForwardOut, Vlm
 from selection.signals.onepass import OnePass
 from selection.store.store import Column
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llava.vlm.base import Batch, ForwardOut, Vlm
+
+torch = Lazy("torch")
+F = Lazy("torch.nn.functional")
+
 
 _prompts: WeakKeyDictionary[Vlm, int] = WeakKeyDictionary()
 

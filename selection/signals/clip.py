@@ -20,18 +20,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from llava.conversation import IMAGE_TOKEN
 from llava.errors import DataError
-from selection.signals.base import Sample, Signal
-from selection.signals.clip_models import AnyClip, checkpoint_content, load_clip, padded
+from llava.lazy import Lazy
+from selection.signals.base import OwnModelSignal, Sample
 from selection.store.store import Column, StoreReader
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llava.records import Record
     from selection.pool.pool import Pool
+    from selection.settings import ProxySettings
+    from selection.signals.clip_models import AnyClip
+
+torch = Lazy("torch")
+
 
 DEFAULT = "openai/clip-vit-large-patch14"
 _SPEAKERS = {"human": "USER", "gpt": "ASSISTANT"}
@@ -69,6 +74,8 @@ class ClipItem:
     @property
     def n_tokens(self) -> int:
         """Tokens of a text; of an image about the patches of ViT-L/14."""
+        from selection.signals.clip_models import padded
+
         return padded(self.tensor) if self.tensor.ndim == 1 else self.tensor[0].numel() // 14**2
 
     @property
@@ -77,11 +84,10 @@ class ClipItem:
 
 
 @dataclass(frozen=True)
-class ClipImages(Signal):
+class ClipImages(OwnModelSignal):
     """Column `image_features` (D,): the image features of a sample."""
 
     name: ClassVar[str] = "clip_images"
-    uses_proxy: ClassVar[bool] = False
 
     model: str = DEFAULT
     """CLIP checkpoint: a directory or a hub name"""
@@ -90,27 +96,28 @@ class ClipImages(Signal):
         return _identity(self)
 
     def open_model(
-        self, pool: Pool, readers: Mapping[str, StoreReader], dtype: str, device: str
+        self, pool: Pool, readers: Mapping[str, StoreReader], settings: ProxySettings
     ) -> AnyClip:
-        return load_clip(self.model, dtype, device)
+        from selection.signals.clip_models import load_clip
 
-    def columns(self, proxy: AnyClip) -> list[Column]:
-        return [Column("image_features", (proxy.width,), proxy.stored_dtype)]
+        return load_clip(self.model, settings.dtype, settings.device)
 
-    def prepare(self, proxy: AnyClip, sample: Sample) -> ClipItem:
-        return ClipItem(proxy.pixels(sample.image))
+    def columns(self, scorer: AnyClip) -> list[Column]:
+        return [Column("image_features", (scorer.width,), scorer.stored_dtype)]
 
-    def compute(self, proxy: AnyClip, items: list[ClipItem]) -> dict[str, np.ndarray]:
-        found = proxy.encode_images(torch.stack([item.tensor for item in items]))
-        return {"image_features": found.cpu().numpy().astype(proxy.stored_dtype)}
+    def prepare(self, scorer: AnyClip, sample: Sample) -> ClipItem:
+        return ClipItem(scorer.pixels(sample.image))
+
+    def compute(self, scorer: AnyClip, items: list[ClipItem]) -> dict[str, np.ndarray]:
+        found = scorer.encode_images(torch.stack([item.tensor for item in items]))
+        return {"image_features": found.cpu().numpy().astype(scorer.stored_dtype)}
 
 
 @dataclass(frozen=True)
-class Clip(Signal):
+class Clip(OwnModelSignal):
     """Image features, text features and CLIP score of every sample."""
 
     name: ClassVar[str] = "clip"
-    uses_proxy: ClassVar[bool] = False
     reads_images: ClassVar[bool] = False
     may_be_nan: ClassVar[tuple[str, ...]] = ("clip_score",)
 
@@ -120,31 +127,34 @@ class Clip(Signal):
     def identity(self) -> dict[str, Any]:
         return _identity(self)
 
-    def before(self, pool: Pool, rows: np.ndarray) -> dict[str, tuple[Signal, np.ndarray]]:
+    def before(self, pool: Pool, rows: np.ndarray) -> dict[str, tuple[OwnModelSignal, np.ndarray]]:
         return {"images": (ClipImages(self.model), distinct_images(pool, rows))}
 
     def open_model(
-        self, pool: Pool, readers: Mapping[str, StoreReader], dtype: str, device: str
+        self, pool: Pool, readers: Mapping[str, StoreReader], settings: ProxySettings
     ) -> WithImages:
-        return WithImages(load_clip(self.model, dtype, device), pool, readers.get("images"))
+        from selection.signals.clip_models import load_clip
 
-    def columns(self, proxy: WithImages) -> list[Column]:
-        width, dtype = proxy.clip.width, proxy.clip.stored_dtype
+        clip = load_clip(self.model, settings.dtype, settings.device)
+        return WithImages(clip, pool, readers.get("images"))
+
+    def columns(self, scorer: WithImages) -> list[Column]:
+        width, dtype = scorer.clip.width, scorer.clip.stored_dtype
         features = [Column(name, (width,), dtype) for name in ("image_features", "text_features")]
         return [*features, Column("clip_score", (), "float32")]
 
-    def prepare(self, proxy: WithImages, sample: Sample) -> ClipItem:
-        image = int(proxy.owner[sample.row])
-        if image in proxy.bad:
-            raise DataError(proxy.bad[image])
-        return ClipItem(proxy.clip.tokens(text_of(sample.record)), image)
+    def prepare(self, scorer: WithImages, sample: Sample) -> ClipItem:
+        image = int(scorer.owner[sample.row])
+        if image in scorer.bad:
+            raise DataError(scorer.bad[image])
+        return ClipItem(scorer.clip.tokens(text_of(sample.record)), image)
 
-    def compute(self, proxy: WithImages, items: list[ClipItem]) -> dict[str, np.ndarray]:
-        clip, owner = proxy.clip, np.array([item.image for item in items])
+    def compute(self, scorer: WithImages, items: list[ClipItem]) -> dict[str, np.ndarray]:
+        clip, owner = scorer.clip, np.array([item.image for item in items])
         texts = clip.encode_texts([item.tensor for item in items]).cpu().numpy()
         pictures, shown = np.zeros_like(texts), owner >= 0
         if shown.any():
-            pictures[shown] = proxy.images.take("image_features", owner[shown])
+            pictures[shown] = scorer.images.take("image_features", owner[shown])
         scores = cosine(pictures, texts)
         scores[~shown] = np.nan
         return {
@@ -188,6 +198,8 @@ def image_owner(pool: Pool, firsts: np.ndarray) -> np.ndarray:
     return owner
 
 
-def _identity(signal: Signal) -> dict[str, Any]:
+def _identity(signal: ClipImages | Clip) -> dict[str, Any]:
     """The checkpoint enters with its content, so where it lies does not count."""
+    from selection.signals.clip_models import checkpoint_content
+
     return {"checkpoint": checkpoint_content(signal.model), "schema": signal.schema}

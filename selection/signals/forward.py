@@ -19,16 +19,21 @@ memory does not grow with sequence length times vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from llava.tokens import IGNORE_INDEX
-from llava.vlm.base import Batch, ForwardOut, Vlm
+from llava.conversation import IGNORE_INDEX
+from llava.lazy import Lazy
 from selection.signals.onepass import OnePass
 from selection.store.store import Column
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llava.vlm.base import Batch, ForwardOut, Vlm
+
+torch = Lazy("torch")
+F = Lazy("torch.nn.functional")
+
 
 VOCABULARY_CHUNK = 8192
 ROW_CHUNK = 2048

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
+from llava.conversation import IGNORE_INDEX
 from llava.errors import DataError
-from llava.tokens import IGNORE_INDEX
-from llava.vlm.base import Batch, ForwardOut, Prepared, Vlm
-from selection.signals.base import Sample, Signal
+from selection.signals.base import ProxySignal, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llava.vlm.base import Batch, ForwardOut, Prepared, Vlm
 
 
 @dataclass(frozen=True)
-class OnePass(Signal):
+class OnePass(ProxySignal):
     """Base of signals that need a plain forward pass of the whole sample and nothing else.
 
     Whichever of them are asked for together come out of the same pass, each into a store of its

@@ -25,22 +25,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 import numpy as np
-import torch
 
 from llava.conversation import check_turns
-from llava.records import Turn
 from llava.errors import UsageError
 from llava.eval.question import MAX_ORDERS, SYMBOLS
-from llava.vlm.base import Prepared, Vlm
-from llava.vlm.versions import run_together, score
-from selection.signals.base import Sample, Signal
+from llava.lazy import Lazy
+from llava.records import Turn
+from selection.signals.base import ProxySignal, Sample
 from selection.signals.forward import forward_columns, pooled_states
 from selection.signals.perturb import DIFFUSION_STEPS, choice_turns, diffuse, perturbations
 from selection.store.store import Column
+
+if TYPE_CHECKING:
+    from llava.vlm.base import Prepared, Vlm
+
+torch = Lazy("torch")
+
 
 KIND_NONE, KIND_CHOICE, KIND_IMAGE = 0, 1, 2
 LOSSES = ("loss_clean", "loss_perturbed", "gap")
@@ -73,7 +77,7 @@ class Copies:
 
 
 @dataclass(frozen=True)
-class Perturbed(Signal):
+class Perturbed(ProxySignal):
     """Loss gap under perturbation, and the states of the copy with the largest gap."""
 
     name: ClassVar[str] = "perturbed"
@@ -164,6 +168,8 @@ class Perturbed(Signal):
 
     def _choice_row(self, proxy: Vlm, item: Copies) -> dict[str, np.ndarray | float | int]:
         """Columns of one sample, from all its orders in two model calls."""
+        from llava.vlm.versions import run_together, score
+
         images = proxy.image_inputs(item.versions[:1])
         run = run_together(proxy.model, item.versions, images, proxy.recorder, proxy.pad_id)
         scores = score(run, proxy.head)

@@ -8,9 +8,8 @@ uids of its samples, which are checked against the digest in the store's identit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -18,10 +17,10 @@ import xxhash
 from llava import files
 from llava.errors import StorageError
 from selection.pool.pool import Pool
-from selection.store.store import Column, StoreReader, full_identity, store_folder
+from selection.store.key import StoreKey
+from selection.store.store import StoreReader
 
 UIDS = "uids.bin"
-_OF_ROWS = ("pool", "rows")  # what in a store's identity says which samples it holds
 
 
 def write_uids(folder: Path, pool: Pool, rows: np.ndarray) -> None:
@@ -38,23 +37,15 @@ class Known:
         self._position = np.zeros(n_rows, np.int64)
 
     @classmethod
-    def find(
-        cls,
-        root: str | Path,
-        name: str,
-        identity: Mapping[str, Any],
-        pool: Pool,
-        rows: np.ndarray,
-        columns: Sequence[Column],
-    ) -> Known:
-        """Look for pool `rows` (n,) in the stores below `root` that answer for the same inputs."""
-        known = cls(len(pool))
-        own = store_folder(root, name, identity, rows, columns)
-        wanted = _of_samples(full_identity(name, identity, rows, columns))
-        for folder in sorted(Path(root).glob(f"{name}-*")):
+    def find(cls, root: str | Path, key: StoreKey, pool: Pool) -> Known:
+        """Look for the pool rows of `key` in the stores below `root` that answer alike."""
+        known, rows = cls(len(pool)), key.rows
+        for folder in sorted(Path(root).glob(f"{key.signal}-*")):
             left = rows[known.lacks(rows)]
-            reader = _open(folder) if folder != own and len(left) else None
-            if reader is None or _of_samples(reader.identity) != wanted:
+            if folder == key.folder(root) or not len(left):
+                continue
+            reader = _open(folder)
+            if reader is None or not key.answers_alike(reader.identity):
                 continue
             if (uids := _uids(reader)) is not None:
                 known._add(reader, uids, pool, left)
@@ -72,19 +63,19 @@ class Known:
         for name, whole in out.items():
             whole[fresh] = arrays[name]
             for i, reader in enumerate(self._readers):
-                mine = self._owner[rows] == i
-                whole[mine] = reader.take(name, self._position[rows[mine]])
+                stored = self._owner[rows] == i
+                whole[stored] = reader.take(name, self._position[rows[stored]])
         return out
 
     def _add(self, reader: StoreReader, uids: np.ndarray, pool: Pool, rows: np.ndarray) -> None:
         """Note which of `rows` the store, of samples `uids`, has numbers of."""
         sound = ~np.isin(reader.rows, [note["row"] for note in reader.bad])
-        theirs, first = np.unique(_keys(uids[sound]), return_index=True)
-        mine = _keys(pool.uids[rows])
-        there = np.isin(mine, theirs)
-        found = np.searchsorted(theirs, mine[there])
+        stored, first = np.unique(_keys(uids[sound]), return_index=True)
+        asked = _keys(pool.uids[rows])
+        there = np.isin(asked, stored)
+        places = np.searchsorted(stored, asked[there])
         self._owner[rows[there]] = len(self._readers)
-        self._position[rows[there]] = np.flatnonzero(sound)[first[found]]
+        self._position[rows[there]] = np.flatnonzero(sound)[first[places]]
         self._readers.append(reader)
 
 
@@ -108,7 +99,3 @@ def _uids(reader: StoreReader) -> np.ndarray | None:
 def _keys(uids: np.ndarray) -> np.ndarray:
     """(n, 16) uint8 as (n,) values that can be sorted."""
     return np.ascontiguousarray(uids).view("S16").ravel()
-
-
-def _of_samples(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in identity.items() if key not in _OF_ROWS}

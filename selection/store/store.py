@@ -12,22 +12,18 @@ A store never answers for other inputs: its fingerprint covers everything that m
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import xxhash
 
 from llava import files
 from llava.errors import StorageError
 from llava.runs import differences
 from selection.store.files import (
-    DTYPES,
     Block,
     Entry,
     block_path,
@@ -37,61 +33,9 @@ from selection.store.files import (
     read_entries,
     read_index,
 )
+from selection.store.key import ROW, SCHEMA, Column, StoreKey, fingerprint, folder_name, rows_hash
 
-SCHEMA = 1
 DEFAULT_BLOCK_SIZE = 1024
-ROW = "row"  # every block also stores which pool row each of its rows is
-
-
-@dataclass(frozen=True)
-class Column:
-    """One named array of a store: shape of a row (without the sample axis) and NumPy dtype name."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __post_init__(self) -> None:
-        if np.dtype(self.dtype) not in DTYPES.values():
-            raise ValueError(f"column {self.name}: dtype {self.dtype} cannot be stored")
-        if self.name == ROW:
-            raise ValueError(f"the column name {ROW!r} is taken by the store")
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes one sample takes in this column."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-def fingerprint(identity: Mapping[str, Any]) -> str:
-    """xxh3-128 hex of an identity; key order does not matter, every value does."""
-    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(identity, order="deterministic"))
-
-
-def full_identity(
-    name: str, identity: Mapping[str, Any], rows: np.ndarray, columns: Sequence[Column]
-) -> dict[str, Any]:
-    """What a store answers for: `identity` plus the signal's name, columns and pool rows (n,)."""
-    whole = {
-        **identity,
-        "signal": name,
-        "columns": [asdict(column) for column in columns],
-        "rows": {"n": len(rows), "xxh3_128": _rows_hash(rows)},
-        "store_schema": SCHEMA,
-    }
-    return msgspec.json.decode(msgspec.json.encode(whole))
-
-
-def store_folder(
-    root: str | Path,
-    name: str,
-    identity: Mapping[str, Any],
-    rows: np.ndarray,
-    columns: Sequence[Column],
-) -> Path:
-    """Folder of the store for these inputs, whether it exists or not."""
-    digest = fingerprint(full_identity(name, identity, rows, columns))
-    return Path(root) / f"{name}-{digest[:16]}"
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -116,49 +60,29 @@ class StoreWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        layout: Mapping[str, Any],
-        rows: np.ndarray,
-        columns: Sequence[Column],
-        rank: int,
+        self, folder: Path, key: StoreKey, rows: np.ndarray, block_size: int, rank: int
     ) -> None:
-        self.folder = folder
-        self.fingerprint: str = layout["fingerprint"]
-        self.block_size: int = layout["block_size"]
-        self.columns = {column.name: column for column in columns}
-        self._identity = layout["identity"]
+        self.folder, self.key, self.block_size = folder, key, block_size
+        self.columns = {column.name: column for column in key.columns}
         self._rows = rows
         self._journal = folder / f"journal-{rank}-{os.getpid()}.jsonl"
 
     @classmethod
     def open(
-        cls,
-        root: str | Path,
-        name: str,
-        identity: Mapping[str, Any],
-        rows: np.ndarray,
-        columns: Sequence[Column],
-        block_size: int = DEFAULT_BLOCK_SIZE,
-        rank: int = 0,
+        cls, root: str | Path, key: StoreKey, block_size: int = DEFAULT_BLOCK_SIZE, rank: int = 0
     ) -> StoreWriter:
-        """Begin the store of these inputs, or resume it with the block size it was begun with.
-
-        `rows` (n,) int64 are pool rows, in the order in which the store keeps them.
-        """
-        rows = np.ascontiguousarray(rows, dtype=np.int64)
-        whole = full_identity(name, identity, rows, columns)
-        folder = store_folder(root, name, identity, rows, columns)
+        """Begin the store of `key`, or resume it with the block size it was begun with."""
+        rows = np.ascontiguousarray(key.rows, dtype=np.int64)
+        folder = key.folder(root)
         files.make_folder(folder)
         layout = read_index(folder / "manifest.json") or read_index(folder / "layout.json")
         if layout is None:
-            size = max(1, min(int(block_size), len(rows)))
-            layout = _layout(whole, fingerprint(whole), size)
+            layout = _layout(key, max(1, min(int(block_size), len(rows))))
             files.atomic_write(folder / "layout.json", encode_index(layout))
-        if layout["identity"] != whole:
-            changes = "; ".join(differences(layout["identity"], whole))
+        if layout["identity"] != key.identity:
+            changes = "; ".join(differences(layout["identity"], key.identity))
             raise StorageError(f"{folder}: holds other inputs ({changes}); delete or rename it")
-        return cls(folder, layout, rows, columns, rank)
+        return cls(folder, key, rows, layout["block_size"], rank)
 
     @property
     def n_blocks(self) -> int:
@@ -184,7 +108,7 @@ class StoreWriter:
         """
         rows = self.block_rows(index)
         self._check_arrays(arrays, len(rows))
-        data, entry = encode_block(index, self.fingerprint, {**arrays, ROW: rows}, bad)
+        data, entry = encode_block(index, self.key.fingerprint, {**arrays, ROW: rows}, bad)
         files.atomic_write(block_path(self.folder, index), data)
         files.append_line(self._journal, msgspec.json.encode(entry))
 
@@ -201,8 +125,8 @@ class StoreWriter:
                 f"{self.folder}: {len(missing)} of {self.n_blocks} blocks are missing "
                 f"({', '.join(missing[:10])}); run the same command again, only they are computed"
             )
-        layout = _layout(self._identity, self.fingerprint, self.block_size)
-        manifest, data = self.folder / "manifest.json", encode_index(layout, chosen)
+        manifest = self.folder / "manifest.json"
+        data = encode_index(_layout(self.key, self.block_size), chosen)
         if not manifest.exists() or manifest.read_bytes() != data:
             files.atomic_write(manifest, data)
         for path in [*self.folder.glob("journal-*.jsonl"), self.folder / "layout.json"]:
@@ -228,7 +152,7 @@ class StoreWriter:
         for entry in claims:
             try:
                 block = Block(self.folder, entry)
-                block.check(self.fingerprint)
+                block.check(self.key.fingerprint)
             except StorageError:
                 continue
             if np.array_equal(block.array(ROW), self.block_rows(entry.block)):
@@ -267,7 +191,7 @@ class StoreReader:
                 "only what is missing or damaged is computed"
             )
         reader = cls(folder, manifest)
-        name = f"{reader.identity['signal']}-{reader.fingerprint[:16]}"
+        name = folder_name(reader.identity["signal"], reader.fingerprint)
         if folder.name != name:
             raise StorageError(f"{folder}: holds the store {name}; give the folder that name again")
         n_blocks = -(-len(reader) // reader.block_size)
@@ -285,7 +209,7 @@ class StoreReader:
         """Pool row of every store row, (n,) int64."""
         parts = [Block(self.folder, entry).array(ROW) for entry in self._entries]
         rows = np.concatenate([np.zeros(0, np.int64), *parts])
-        if _rows_hash(rows) != self.identity["rows"]["xxh3_128"]:
+        if rows_hash(rows) != self.identity["rows"]["xxh3_128"]:
             for i in range(len(self._entries)):
                 self._block(i)  # raises the error that names the damaged one
         return rows
@@ -308,10 +232,10 @@ class StoreReader:
         The arrays are read-only views of the file, so memory stays at one block as long as the
         caller keeps none of them.
         """
-        wanted = self._known([names] if isinstance(names, str) else names)
+        read = self._known([names] if isinstance(names, str) else names)
         for i in range(len(self._entries)):
             block = self._block(i)
-            arrays = {name: block.array(name) for name in wanted}
+            arrays = {name: block.array(name) for name in read}
             start = i * self.block_size
             part = slice(start, min(start + self.block_size, len(self)))
             yield part, arrays[names] if isinstance(names, str) else arrays
@@ -328,8 +252,9 @@ class StoreReader:
         out = np.empty((len(positions), *self.columns[name].shape), self.columns[name].dtype)
         owners = positions // self.block_size
         for i in np.unique(owners):
-            here = np.flatnonzero(owners == i)
-            out[here] = self._block(int(i)).array(name)[positions[here] - i * self.block_size]
+            places = np.flatnonzero(owners == i)
+            array = self._block(int(i)).array(name)
+            out[places] = array[positions[places] - i * self.block_size]
         return out
 
     def _known(self, names: Sequence[str]) -> Sequence[str]:
@@ -346,12 +271,13 @@ class StoreReader:
         return block
 
 
-def _layout(identity: Mapping[str, Any], digest: str, block_size: int) -> dict[str, Any]:
-    return {"schema": SCHEMA, "fingerprint": digest, "block_size": block_size, "identity": identity}
-
-
-def _rows_hash(rows: np.ndarray) -> str:
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(rows, dtype="<i8"))
+def _layout(key: StoreKey, block_size: int) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "fingerprint": key.fingerprint,
+        "block_size": block_size,
+        "identity": key.identity,
+    }
 
 
 def _has_length(folder: Path, entry: Entry) -> bool:

@@ -11,14 +11,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import faiss
 import numpy as np
-import torch
 
+from llava.lazy import Lazy
 from selection.vectors import stream
 
 if TYPE_CHECKING:
     from selection.store.store import StoreReader
+
+torch = Lazy("torch")
+faiss = Lazy("faiss")
+
 
 POINTS_PER_CENTROID = 256
 SAMPLES_PER_CLUSTER = 64  # COINCIDE: 10,000 clusters of 665,298 samples

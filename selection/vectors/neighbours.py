@@ -12,15 +12,18 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import faiss
 import numpy as np
-import torch
 
+from llava.lazy import Lazy
 from selection.vectors import stream
 from selection.vectors.kmeans import cluster_groups
 
 if TYPE_CHECKING:
     from selection.store.store import StoreReader
+
+torch = Lazy("torch")
+faiss = Lazy("faiss")
+
 
 EXACT = 2**16
 CELL = 1024

@@ -16,14 +16,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
+
+from llava.lazy import Lazy
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from selection.store.store import StoreReader
+
+torch = Lazy("torch")
+
 
 CHUNK = 128  # 128 x 8192 float32 are 4 MiB: stays in cache between conversion and products
 TASK = 8  # chunks that a thread takes at a time
-Parts = Sequence[torch.Tensor]  # vectors (n, D) by column of the store: (n, H) each, float32
+Parts = Sequence["Tensor"]  # vectors (n, D) by column of the store: (n, H) each, float32
 Result = TypeVar("Result")
 
 

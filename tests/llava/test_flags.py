@@ -3,7 +3,8 @@
 import pytest
 
 from llava.errors import UsageError
-from selection.settings import VerifySettings, parse_plain, parse_select
+from selection.cli import parse_plain, parse_select
+from selection.settings import VerifySettings
 
 POOL = ["ards", "--pool", "p.json"]
 

@@ -108,6 +108,7 @@ def test_ards_runs_on_any_vision_language_model(architecture, tmp_path):
     main(["verify", str(out)])
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     "flags",
     [

@@ -23,97 +23,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from llava.errors import DataError, UsageError
-from selection.methods.base import Context, Method, Plan, Request, Scored
+from llava.lazy import Lazy
+from selection.methods.base import Context, CoTrain, Method, Request, Scored, SecondStage
 from selection.methods.coido.features import CLIP, SCORES, Assembly
-from selection.methods.coido.fit import Fitter, Recipe, shuffled_batches
-from selection.methods.coido.losses import Objective
-from selection.methods.coido.scorer import Architecture, Scorer
-from selection.methods.coido.trajectory import Trajectory
+from selection.methods.coido.settings import Settings
 from selection.methods.random import Random
 from selection.methods.random_stratified import RandomStratified
 from selection.rules.budget import budget_size
-from selection.signals.clip import DEFAULT, Clip
+from selection.signals.clip import Clip
 from selection.signals.forward import Forward
 from selection.signals.image_reward import ImageReward
 from selection.signals.judge.settings import JudgeSettings
 from selection.vectors import stream as vectors
 
 if TYPE_CHECKING:
+    from selection.methods.coido.fit import Fitter, Recipe
+    from selection.methods.coido.scorer import Scorer
     from selection.pool.pool import Pool
+
+torch = Lazy("torch")
+fitting = Lazy("selection.methods.coido.fit")
+scorers = Lazy("selection.methods.coido.scorer")
+trajectories = Lazy("selection.methods.coido.trajectory")
+
 
 CHUNK = 1024  # rows that are scored together
 _HOME = {"clip_score": "clip", "image_reward": "image_reward", "llm_score": "judge"}
-
-
-@dataclass(frozen=True)
-class Settings(JudgeSettings):
-    """How CoIDO scores; defaults are the paper's."""
-
-    scorer: str | None = None
-    """file of a trained scorer, of this pool or another; without it one is trained"""
-    trajectory: str | None = None
-    """file of the losses that co-training recorded, to train the scorer on; without it the proxy's
-    own losses serve"""
-    clip: str = DEFAULT
-    """CLIP checkpoint: a directory or a hub name"""
-    image_reward: str | None = None
-    """the published weights, ImageReward.pt; without them there is no ImageReward score"""
-    image_reward_tokenizer: str = "google-bert/bert-base-uncased"
-    """tokenizer of its text encoder: a directory or a hub name"""
-    features: Literal["all", "clip", "scores"] = "all"
-    """what the scorer reads (table 7)"""
-    prepare: bool = False
-    """prepare co-training: choose the samples to train on, as `random` does, and cluster them"""
-    share: str = "0.2"
-    """p, samples to train the scorer on: a fraction of the pool or a count (table 13); with
-    --prepare it is --budget"""
-    draw: int = 0
-    """seed with which they are drawn: they are those of `select random --seed DRAW`"""
-    n_clusters: int = 20
-    """M, clusters of the drawn samples (table 8)"""
-    n_neighbours: int = 30
-    """neighbours of a sample in the graph that is clustered, as in the code"""
-    architecture: Architecture = "mlp"
-    """mlp; transformer: two blocks; attention: self- and cross-attention (table 12)"""
-    objective: Objective = "uncertainty"
-    """the loss (table 2): uncertainty, equation 14; importance, L_I alone; sum; weighted"""
-    balance: float = 0.5
-    """lambda of --objective weighted: lambda L_I + (1 - lambda) L_D"""
-    learning_rate: float = 2e-5
-    """peak learning rate of the scorer"""
-    scorer_batch: int = 64
-    """samples over which scores are a softmax; a trajectory has batches of its own"""
-    epochs: int = 2
-    """passes over the drawn samples"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("n_clusters", "n_neighbours", "epochs"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
-        if self.scorer_batch < 2:
-            raise UsageError("--scorer_batch: a softmax over a batch needs at least 2 samples")
-        if not 0 <= self.balance <= 1:
-            raise UsageError(f"--balance {self.balance}: is a share, 0 to 1")
-        if self.scorer and self.trajectory:
-            raise UsageError("--scorer needs no --trajectory: it is trained already")
-        if self.prepare and (self.scorer or self.trajectory):
-            raise UsageError("--prepare comes before --scorer and --trajectory: give one of them")
-        for name, path in self.files().items():
-            if not Path(path).is_file():
-                raise UsageError(f"--{name} {path}: no such file")
-
-    def files(self) -> dict[str, str]:
-        """The file of a scorer, or of the losses to train one on, by flag."""
-        named = {"scorer": self.scorer, "trajectory": self.trajectory}
-        return {name: path for name, path in named.items() if path}
 
 
 @dataclass(frozen=True)
@@ -147,15 +87,33 @@ class Coido(Method):
             found["judge"] = _judge(self.settings)
         return found
 
+    def training(self) -> tuple[CoTrain, ...]:
+        """The scorer beside a LoRA on the drawn samples, unless it or its losses are given."""
+        settings = self.settings
+        if settings.scorer or settings.trajectory or settings.prepare:
+            return ()
+        return (
+            CoTrain(
+                module="selection.methods.coido.cotrain",
+                preparing={"prepare": True, "budget": settings.share},
+                prepared_flag="coido_run",
+                result="scorer.safetensors",
+                fills="scorer",
+                flags={"num_train_epochs": settings.epochs},
+                paper_flags={"learning_rate": 2e-5},
+                paper_batch=64,
+            ),
+        )
+
     def files(self) -> dict[str, str]:
         return self.settings.files()
 
     def foreseen(self, pool: Pool) -> dict[str, Request]:
         return self._losses(Context(pool))
 
-    def plan(self, context: Context, rng: np.random.Generator) -> Plan:
+    def second_stage(self, context: Context, rng: np.random.Generator) -> SecondStage:
         """The proxy's losses on the drawn samples, where they are what the scorer learns from."""
-        return Plan(self._losses(context))
+        return SecondStage(self._losses(context))
 
     def _losses(self, context: Context) -> dict[str, Request]:
         settings = self.settings
@@ -170,7 +128,7 @@ class Coido(Method):
             return self._prepared(context, rng)
         artefacts: dict[str, Any] = {}
         if self.settings.scorer:
-            scorer = Scorer.load(self.settings.scorer)
+            scorer = scorers.Scorer.load(self.settings.scorer)
             notes = [f"scorer of {self.settings.scorer}"]
         else:
             scorer, artefacts, notes = self._fit(context, rng)
@@ -194,15 +152,17 @@ class Coido(Method):
         settings = self.settings
         rows = drawn(context, self._share(context.pool), settings.draw)
         if settings.trajectory:
-            batches, rows = Trajectory.load(settings.trajectory).on(context.pool, rows)
+            batches, rows = trajectories.Trajectory.load(settings.trajectory).on(context.pool, rows)
         else:
             rows = rows[~np.isnan(context.values("forward", "nll_mean")[rows])]
             losses = context.values("forward", "nll_mean")[rows]
-            order = list(shuffled_batches(len(rows), settings.scorer_batch, settings.epochs, rng))
+            order = list(
+                fitting.shuffled_batches(len(rows), settings.scorer_batch, settings.epochs, rng)
+            )
             batches = [(places, losses[places]) for places in order if len(places) > 1]
         data, training = self._training_set(context, rows, rng)
-        scorer = Scorer.new(settings.architecture, data.assembly, training["seed"])
-        recipe = Recipe(len(batches), **training["recipe"])
+        scorer = scorers.Scorer.new(settings.architecture, data.assembly, training["seed"])
+        recipe = fitting.Recipe(len(batches), **training["recipe"])
         curve, fitter = fit(scorer, recipe, data.features, data.labels, batches)
         sigma = fitter.log_sigma.detach().exp().tolist()
         artefacts = {
@@ -308,7 +268,7 @@ def fit(
 
     Returns L_I and L_D of every step, (steps, 2) float64, and the fitter.
     """
-    fitter, curve = Fitter(scorer, recipe), []
+    fitter, curve = fitting.Fitter(scorer, recipe), []
     rows, members = torch.from_numpy(features), torch.from_numpy(labels).long()
     for places, losses in batches:
         where = torch.from_numpy(places)

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from llava.errors import NonFiniteError
 from selection.methods.coido.losses import (
-    Objective,
     batch_weights,
     diversity_loss,
     importance_loss,
     total_loss,
 )
 from selection.methods.coido.scorer import Scorer
+from selection.methods.coido.settings import Objective
 
 WARMUP = 0.03
 

@@ -6,12 +6,10 @@ that is hard (its cross-entropy pushes w down) and whose cluster is not over-rep
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Objective = Literal["uncertainty", "importance", "sum", "weighted"]
+from selection.methods.coido.settings import Objective
 
 
 def batch_weights(logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from llava.errors import UsageError
 from llava.files import atomic_write
 from selection.methods.coido.features import Assembly
+from selection.methods.coido.settings import Architecture
 
-Architecture = Literal["mlp", "transformer", "attention"]
 SCHEMA = 1
 WIDTH = 256
 HEADS = 4

@@ -19,24 +19,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from llava.conversation import IGNORE_INDEX
 from llava.errors import DataError, UsageError
-from llava.model.moments import Moments
-from llava.tokens import IGNORE_INDEX
-from llava.vlm.base import Prepared, Vlm
-from selection.signals.base import Sample, Signal
-from selection.signals.gradients.backward import Use, fresh_adapter, sample_gradients
+from llava.lazy import Lazy
+from selection.signals.base import ProxySignal, Sample
 from selection.signals.gradients.sketch import PROJECTIONS
 from selection.store.store import Column
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llava.model.moments import Moments
+    from llava.vlm.base import Prepared, Vlm
+    from selection.signals.gradients.backward import Use
+
+torch = Lazy("torch")
+
 
 @dataclass(frozen=True)
-class Gradients(Signal):
+class Gradients(ProxySignal):
     """Projected gradients of the samples, and their exact lengths."""
 
     name: ClassVar[str] = "gradients"
@@ -96,6 +101,8 @@ class Gradients(Signal):
 
     def compute_each(self, proxy: Vlm, items: list[Prepared], use: Use) -> None:
         """Call `use` for every matrix, with the gradients of these samples, or Adam's steps."""
+        from selection.signals.gradients.backward import fresh_adapter, sample_gradients
+
         adapter = proxy.adapter or fresh_adapter(proxy, self.rank, self.seed)
         sample_gradients(
             proxy,

@@ -22,11 +22,18 @@ is at most the above, and the whole is an element-wise product, a gather and a s
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
 import xxhash
-from torch import Tensor
-from torch.nn import functional as F
+
+from llava.lazy import Lazy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = Lazy("torch")
+F = Lazy("torch.nn.functional")
+
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _DENSE_BLOCK = 1 << 22  # signs of the dense matrix that exist at a time

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from llava.errors import DataError
-from selection.signals.base import Sample, Signal
+from selection.signals.base import OwnModelSignal, Sample
 from selection.signals.clip import text_of
 from selection.signals.judge.asking import ANSWERED, ASKED, Cache, Question, Server, ask_all
 from selection.signals.judge.settings import JudgeSettings
@@ -26,6 +26,7 @@ from selection.store.store import Column
 if TYPE_CHECKING:
     from llava.records import Record
     from selection.pool.pool import Pool
+    from selection.settings import ProxySettings
     from selection.store.store import StoreReader
 
 SYSTEM = (
@@ -47,11 +48,10 @@ _MARK = re.compile(
 
 
 @dataclass(frozen=True)
-class Judge(Signal, JudgeSettings):
+class Judge(OwnModelSignal, JudgeSettings):
     """The LLM score of every sample."""
 
     name: ClassVar[str] = "judge"
-    uses_proxy: ClassVar[bool] = False
     reads_images: ClassVar[bool] = False
 
     def identity(self) -> dict[str, Any]:
@@ -64,28 +64,28 @@ class Judge(Signal, JudgeSettings):
         return Server(**{name: getattr(self, f"judge_{name}") for name in names})
 
     def open_model(
-        self, pool: Pool, readers: Mapping[str, StoreReader], dtype: str, device: str
+        self, pool: Pool, readers: Mapping[str, StoreReader], settings: ProxySettings
     ) -> Answers:
         return Answers(Cache(self.judge_cache, self.server))
 
-    def forecast(self, proxy: Answers, pool: Pool, rows: np.ndarray) -> str:
+    def forecast(self, scorer: Answers, pool: Pool, rows: np.ndarray) -> str:
         """How many questions there are, and a high estimate of their price."""
         asked = (question_of(pool.record(row)) for row in rows.tolist() if row not in pool.bad)
-        new = {proxy.cache.key(q): self.server.most(q) for q in asked if not proxy.find(q)}
+        new = {scorer.cache.key(q): self.server.most(q) for q in asked if not scorer.find(q)}
         cost = f"at most about {sum(new.values()):.2f}" if any(self.judge_prices) else "no price"
         return f"{len(new)} questions to {self.judge_model}, {cost} (--judge_prices)"
 
-    def begin(self, proxy: Answers, pool: Pool, rows: np.ndarray) -> None:
+    def begin(self, scorer: Answers, pool: Pool, rows: np.ndarray) -> None:
         questions = (question_of(pool.record(row)) for row in rows.tolist() if row not in pool.bad)
-        ask_all(questions, len(rows), self.server, proxy.cache, score_in)
+        ask_all(questions, len(rows), self.server, scorer.cache, score_in)
 
-    def columns(self, proxy: Answers) -> list[Column]:
+    def columns(self, scorer: Answers) -> list[Column]:
         return [Column("llm_score", (), "float32")]
 
-    def prepare(self, proxy: Answers, sample: Sample) -> Mark:
-        return Mark(proxy.mark(question_of(sample.record)))
+    def prepare(self, scorer: Answers, sample: Sample) -> Mark:
+        return Mark(scorer.mark(question_of(sample.record)))
 
-    def compute(self, proxy: Answers, items: list[Mark]) -> dict[str, np.ndarray]:
+    def compute(self, scorer: Answers, items: list[Mark]) -> dict[str, np.ndarray]:
         return {"llm_score": np.array([item.value for item in items], np.float32)}
 
 

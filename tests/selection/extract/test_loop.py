@@ -11,13 +11,25 @@ import torch
 
 from llava.errors import UsageError
 from llava.vlm.base import Prepared
-from selection.extract.loop import buckets, extract
+from selection.extract.loop import buckets
 from selection.signals.forward import Forward
-from tests.extraction import Forbidden, N, Slow, World, assert_same, columns, fork
+from selection.store.store import block_path
+from tests.extraction import (
+    Forbidden,
+    N,
+    Slow,
+    World,
+    assert_closer_than_rounding,
+    assert_same,
+    columns,
+    extract,
+    fork,
+)
 from tests.faults import snapshot
 from tests.tiny_models import BUILDERS, save_pool
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", BUILDERS)
 def test_no_bit_depends_on_batches_or_blocks(name, tmp_path):
     """Bitwise on the CPU in float32, for text-only and image samples of mixed lengths."""
@@ -30,21 +42,51 @@ def test_no_bit_depends_on_batches_or_blocks(name, tmp_path):
         assert_same(reference, found)
 
 
-def test_no_bit_depends_on_threads(world, reference, tmp_path):
-    torch.set_num_threads(2)
-    try:
-        found = world.extract(tmp_path, rows=np.arange(6), batch_size=4)
-    finally:
-        torch.set_num_threads(1)
-    for name, array in columns(found).items():
-        np.testing.assert_array_equal(array, reference.column(name)[:6])
+@pytest.mark.bits
+@pytest.mark.parametrize("name", BUILDERS)
+def test_bfloat16_depends_on_batches_and_threads_by_less_than_it_rounds(
+    name, tmp_path, set_threads
+):
+    """Here the kernels are oneDNN's: on some processors they differ by the number of rows."""
+    files = BUILDERS[name](tmp_path / "model"), *save_pool(tmp_path / "pool", 24)
+    exact = World(*files).extract(tmp_path / "exact")
+    world = World(*files, dtype="bfloat16")
+    alone = world.extract(tmp_path / "1", batch_size=1)
+    for batch_size, n_threads in [(3, 1), (64, 1), (3, 2)]:
+        set_threads(n_threads)
+        store = tmp_path / f"{batch_size}-{n_threads}"
+        together = world.extract(store, batch_size=batch_size, block_size=7)
+        assert_closer_than_rounding(together, alone, exact)
 
 
+@pytest.mark.bits
+def test_no_bit_depends_on_threads(world, reference, tmp_path, set_threads):
+    for n_threads in (1, 2):
+        set_threads(n_threads)
+        few = world.extract(tmp_path / f"{n_threads}", rows=np.arange(6), batch_size=4)
+        for name, array in columns(few).items():
+            np.testing.assert_array_equal(array, reference.column(name)[:6])
+
+
+@pytest.mark.bits
+def test_bfloat16_blocks_have_the_same_bytes_whenever_and_wherever_computed(world, tmp_path):
+    """The same batches give the same bits, also in a later run and with loader processes."""
+    narrow = World(world.model, world.pool_path, world.images, dtype="bfloat16")
+    whole = narrow.extract(tmp_path / "whole", batch_size=4, block_size=6)
+    again = narrow.extract(tmp_path / "again", batch_size=4, block_size=6)
+    for block in (0, 3, 6):
+        block_path(again.folder, block).unlink()
+    narrow.extract(tmp_path / "again", batch_size=4, block_size=6, num_workers=2)
+    assert snapshot(again.folder) == snapshot(whole.folder)
+
+
+@pytest.mark.bits
 def test_token_limit_changes_no_byte(world, reference, tmp_path):
     found = world.extract(tmp_path, batch_size=64, max_tokens=500, block_size=6)
     assert snapshot(found.folder) == snapshot(reference.folder)
 
 
+@pytest.mark.bits
 def test_loader_processes_change_no_byte(world, reference, tmp_path):
     found = world.extract(tmp_path, num_workers=2, block_size=6)
     assert snapshot(found.folder) == snapshot(reference.folder)

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from selection.extract.loop import extract_together
+from selection.extract.loop import extract
 from selection.signals.attention_means import Blocks
 from selection.signals.forward import Forward
 from selection.signals.gradients.gradients import Gradients
 from selection.store.store import StoreReader, block_path
-from tests.extraction import World
+from tests.extraction import World, settings
 from tests.faults import snapshot
 from tests.tiny_models import save_llava, save_pool
 
@@ -41,9 +41,10 @@ def n_seen(world):
 
 
 def together(world, store, signals=SIGNALS, **options) -> list[StoreReader]:
-    options = {"block_size": 6, "progress": False, "max_bad": 1.0, **options}
-    where = (world.proxy, world.pool, np.arange(N), store, world.images)
-    return extract_together(signals, *where, **options)
+    where, how = settings(
+        world.pool, store, world.images, **{"block_size": 6, "max_bad": 1.0, **options}
+    )
+    return extract(signals, world.proxy, world.pool, np.arange(N), where, how, progress=False)
 
 
 def assert_same_files(readers, others):
@@ -51,6 +52,7 @@ def assert_same_files(readers, others):
         assert snapshot(one.folder) == snapshot(other.folder)
 
 
+@pytest.mark.bits
 def test_one_pass_fills_both_stores_byte_for_byte(world, alone, tmp_path, n_seen):
     assert_same_files(together(world, tmp_path), alone)
     assert n_seen() == N
@@ -58,6 +60,7 @@ def test_one_pass_fills_both_stores_byte_for_byte(world, alone, tmp_path, n_seen
     assert n_seen() == N  # both are there
 
 
+@pytest.mark.bits
 def test_gradients_of_several_projections_are_one_pass(world, tmp_path, n_seen):
     """Other widths and projections: each store as if it had been computed alone."""
     signals = [Gradients(64, rank=4), Gradients(96, rank=4), Gradients(64, "two_sided", rank=4)]

@@ -9,9 +9,9 @@ import torch
 from llava.errors import DataError
 from llava.images import open_image
 from llava.vlm import load_vlm
-from selection.extract.loop import allowed_bad, extract, is_out_of_memory, non_finite
+from selection.extract.loop import allowed_bad, is_out_of_memory, non_finite
 from selection.signals.forward import Forward
-from tests.extraction import Forbidden, N, World, assert_same, columns
+from tests.extraction import Forbidden, N, World, assert_same, columns, extract
 
 
 def too_much_memory():

@@ -11,7 +11,8 @@ import pytest
 
 from selection.methods.base import Context, Task
 from selection.pool.pool import Pool
-from selection.store.store import Column, StoreReader, StoreWriter
+from selection.store.key import Column, StoreKey
+from selection.store.store import StoreReader, StoreWriter
 
 H = 12  # hidden size
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -43,7 +44,8 @@ class World:
     ) -> StoreReader:
         columns = [Column(key, a.shape[1:], a.dtype.name) for key, a in arrays.items()]
         identity = {"made for": f"tests {task}", "block_size": block_size}
-        writer = StoreWriter.open(self.folder, name, identity, rows, columns, block_size)
+        key = StoreKey(name, identity, rows, columns)
+        writer = StoreWriter.open(self.folder, key, block_size)
         for i in writer.missing_blocks():
             mine = writer.block_rows(i)
             bad = [{"row": int(r), "uid": "", "reason": "made up"} for r in mine if r in self.bad]

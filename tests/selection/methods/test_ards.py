@@ -19,7 +19,6 @@ from selection.methods.ards import (
     worst_case,
 )
 from selection.signals.perturbed import KIND_CHOICE, Perturbed
-from selection.vectors import stream
 
 
 def subgroups_of(scored):
@@ -258,7 +257,7 @@ def test_excluded_members_cannot_be_selected_and_change_no_other_score(world):
 
 def test_settings_reach_the_perturbed_signal(world):
     method = Ards(Settings(symbols="snvf", max_orders=6, diffusion_step=500))
-    plan = method.plan(world.context(), np.random.default_rng(0))
+    plan = method.second_stage(world.context(), np.random.default_rng(0))
     assert plan.requests["perturbed"].signal == Perturbed("snvf", 6, diffusion_step=500)
     assert (np.diff(plan.requests["perturbed"].rows) > 0).all()
 
@@ -353,16 +352,3 @@ def test_contradictory_settings_are_refused(settings, said):
 
 def test_kinds_are_those_of_the_signal(world):
     assert set(world.perturbed["kind"][world.formats == "choice"]) == {KIND_CHOICE}
-
-
-@pytest.mark.parametrize("columns", [(8192,), (8192, 300)])
-def test_cosines_are_the_same_bits_for_one_and_two_threads(columns):
-    rng = np.random.default_rng(0)
-    chunk = torch.from_numpy(rng.normal(size=(stream.CHUNK, 8192)).astype(np.float32))
-    columns = torch.from_numpy(rng.normal(size=columns).astype(np.float32))
-    found = set()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        found.add(stream.cosines([chunk], columns).tobytes())
-    torch.set_num_threads(1)
-    assert len(found) == 1

@@ -9,7 +9,7 @@ from scipy import stats
 
 from llava.errors import NonFiniteError, UsageError
 from selection.methods import find_methods, get_method
-from selection.methods.base import Context, Method, Plan, Request, Scored, stream
+from selection.methods.base import Context, Method, Request, Scored, SecondStage, stream
 from selection.pool.pool import Pool
 
 
@@ -74,11 +74,11 @@ def test_values_by_pool_row_with_nan_for_bad_rows(world):
 
 def test_run_hands_the_plan_and_its_signals_to_score(world):
     class TwoStage(Method):
-        def plan(self, context, rng):
-            return Plan({"perturbed": Request("signal", np.array([3, 5]))}, state="mine")
+        def second_stage(self, context, rng):
+            return SecondStage({"perturbed": Request("signal", np.array([3, 5]))}, state="mine")
 
         def score(self, context, rng):
-            assert context.plan.state == "mine"
+            assert context.stage.state == "mine"
             return Scored(context.values("perturbed", "gap"))
 
     scores = world.run(TwoStage()).scores

@@ -46,6 +46,7 @@ def test_scores_are_float64_finite_or_nan_and_not_all_alike(world, method, setti
     assert len(np.unique(scores[~np.isnan(scores)])) > 20
 
 
+@pytest.mark.bits
 @each_method
 def test_the_same_seed_gives_the_same_bits_whatever_the_block_size(world, method, settings):
     runs = [

@@ -87,6 +87,7 @@ def test_the_prompt_ends_where_conversations_begin_to_differ(tmp_path):
     assert len({tuple(item.input_ids[: start + 3].tolist()) for item in items}) > 1
 
 
+@pytest.mark.bits
 def test_together_is_one_pass_with_the_same_bits_and_no_hook_stays(tmp_path):
     proxy = load_vlm(save_llava(tmp_path / "model"))
     passes = []
@@ -103,6 +104,7 @@ def test_together_is_one_pass_with_the_same_bits_and_no_hook_stays(tmp_path):
     assert not any(layer.self_attn._forward_hooks for layer in proxy.decoder.layers)
 
 
+@pytest.mark.bits
 def test_a_row_does_not_depend_on_its_batch(tmp_path):
     proxy = load_vlm(save_llava(tmp_path / "model"))
     items = batch_of(prepared(proxy, tmp_path / "pool", 24))

@@ -15,10 +15,10 @@ import transformers
 from PIL import Image
 
 from llava.errors import DataError, UsageError
+from selection.extract.cost import print_cost
+from selection.extract.loop import extract_signal
 from selection.methods.base import Request
 from selection.pool.pool import Pool
-from selection.ranks import Ranks
-from selection.run import extract_signal, print_cost
 from selection.settings import PoolSettings, ProxySettings
 from selection.signals import clip_models
 from selection.signals.clip import Clip, distinct_images, image_owner, text_of
@@ -47,7 +47,7 @@ class World:
         rows = np.arange(len(self.pool)) if rows is None else rows
         proxy = ProxySettings(store=str(store), device="cpu", max_bad=1.0, **settings)
         where = PoolSettings(str(self.path), str(self.images))
-        return extract_signal(Clip(str(self.model)), rows, self.pool, where, proxy, Ranks())
+        return extract_signal(Clip(str(self.model)), rows, self.pool, where, proxy)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,7 @@ def test_each_distinct_image_is_decoded_and_encoded_once(world, tmp_path, monkey
     assert sum(encoded) == 15
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     "how", [{"batch_size": 1}, {"batch_size": 5}, {"block_size": 7}, {"num_workers": 2}], ids=str
 )
@@ -129,6 +130,7 @@ def test_the_same_bits_however_it_is_computed(world, reader, tmp_path, how):
         np.testing.assert_array_equal(again.column(name), reader.column(name), err_msg=name)
 
 
+@pytest.mark.bits
 def test_some_rows_have_the_bits_they_have_among_all(world, reader, tmp_path):
     part = world.extract(tmp_path, rows=np.array([3, 21, 23]))
     assert part.rows.tolist() == [3, 21, 23]
@@ -166,7 +168,7 @@ def test_an_unreadable_image_is_listed_for_every_sample_that_shows_it(world, tmp
 
     def extract(settings):
         rows = np.arange(N)
-        return extract_signal(Clip(str(world.model)), rows, world.pool, where, settings, Ranks())
+        return extract_signal(Clip(str(world.model)), rows, world.pool, where, settings)
 
     reader = extract(settings)
     assert [note["row"] for note in reader.bad] == [3, 23]
@@ -182,9 +184,7 @@ def test_a_pool_without_images(world, tmp_path):
     pool = Pool.open(tmp_path / "pool.json")
     settings = ProxySettings(store=str(tmp_path / "store"), device="cpu")
     where = PoolSettings(str(pool.path))
-    reader = extract_signal(
-        Clip(str(world.model)), np.arange(len(pool)), pool, where, settings, Ranks()
-    )
+    reader = extract_signal(Clip(str(world.model)), np.arange(len(pool)), pool, where, settings)
     assert np.isnan(reader.column("clip_score")).all() and len(reader) == len(text_only)
 
 

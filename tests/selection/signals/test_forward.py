@@ -52,6 +52,7 @@ def test_token_scores_of_certain_and_huge_logits():
     np.testing.assert_allclose(found.aum, [1, -1], atol=1e-6)
 
 
+@pytest.mark.bits
 def test_row_of_token_scores_does_not_depend_on_its_neighbours():
     generator = torch.Generator().manual_seed(0)
     states, weight = (torch.randn(n, 48, generator=generator) for n in (130, 777))

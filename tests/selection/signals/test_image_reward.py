@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from llava.errors import UsageError
+from selection.extract.loop import extract_signal
 from selection.pool.pool import Pool
-from selection.ranks import Ranks
-from selection.run import extract_signal
 from selection.settings import PoolSettings, ProxySettings
 from selection.signals.image_reward import MEAN, STD, ImageReward, RewardModel
 from tests.tiny_models import save_clip, save_pool
@@ -140,7 +139,7 @@ def extract(place, store, **settings):
     signal = ImageReward(str(place / "ImageReward.pt"), str(place / "words"))
     where = PoolSettings(str(path), str(place / "pool/images"))
     proxy = ProxySettings(store=str(store), device="cpu", **settings)
-    return extract_signal(signal, np.arange(N), Pool.open(path), where, proxy, Ranks())
+    return extract_signal(signal, np.arange(N), Pool.open(path), where, proxy)
 
 
 @torch.no_grad()

@@ -17,9 +17,8 @@ import torch
 from PIL import Image
 
 from llava.errors import RefusedError, UsageError
+from selection.extract.loop import extract_signal
 from selection.pool.pool import Pool
-from selection.ranks import Ranks
-from selection.run import extract_signal
 from selection.settings import PoolSettings, ProxySettings
 from selection.signals.clip import Clip, text_of
 from selection.signals.clip_models import OPEN_CLIP, ClipModel, checkpoint_content, load_clip
@@ -70,7 +69,7 @@ class World:
     def extract(self, store: Path, **settings):
         proxy = ProxySettings(store=str(store), device="cpu", **settings)
         where = PoolSettings(str(self.path), str(self.images))
-        return extract_signal(Clip(str(self.model)), np.arange(N), self.pool, where, proxy, Ranks())
+        return extract_signal(Clip(str(self.model)), np.arange(N), self.pool, where, proxy)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -108,6 +107,7 @@ def test_equals_open_clip_one_sample_at_a_time(world, reader):
     assert all(np.std(reader.column(name)[1::4], 0).max() > 0.05 for name in reader.columns)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("how", [{"batch_size": 1}, {"batch_size": 5}, {"block_size": 7}], ids=str)
 def test_the_same_bits_however_it_is_computed(world, reader, tmp_path, how):
     again = world.extract(tmp_path, **how)

@@ -14,7 +14,6 @@ from llava.records import Record, Turn
 from llava.tokens import IGNORE_INDEX
 from llava.vlm import load_vlm
 from llava.vlm.base import Prepared
-from selection.extract.loop import extract
 from selection.pool.pool import Pool
 from selection.signals.base import Sample
 from selection.signals.forward import Forward, forward_columns
@@ -27,6 +26,7 @@ from selection.signals.perturbed import (
     STATES,
     Perturbed,
 )
+from tests.extraction import extract
 from tests.tiny_models import BUILDERS, save_smolvlm
 
 EN = "Answer with the option's letter from the given choices directly."

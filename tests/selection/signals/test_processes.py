@@ -15,15 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import StorageError
 from llava.launch import process
+from selection.extract.loop import extract_signal
 from selection.pool.pool import Pool
-from selection.ranks import Ranks
-from selection.run import extract_signal
 from selection.settings import PoolSettings, ProxySettings
 from selection.signals import image_reward
 from selection.signals.clip import Clip, text_of
 from selection.signals.clip_models import checkpoint_content, load_clip
 from selection.signals.image_reward import ImageReward
-from tests.extraction import fork
+from tests.extraction import as_rank, fork
 from tests.faults import flip_bit, snapshot
 from tests.selection.signals.test_image_reward import published
 from tests.tiny_models import save_clip, save_pool
@@ -45,11 +44,11 @@ class World:
             return Clip(str(model or self.clip))
         return ImageReward(str(model or self.reward), str(self.clip))
 
-    def extract(self, name: str, store: Path, model: Path | None = None, ranks=None):
+    def extract(self, name: str, store: Path, model: Path | None = None):
         settings = ProxySettings(store=str(store), device="cpu", block_size=16, max_bad=1.0)
         where = PoolSettings(str(self.path), str(self.images))
         signal, rows = self.signal(name, model), np.arange(N)
-        return extract_signal(signal, rows, self.pool, where, settings, ranks or Ranks())
+        return extract_signal(signal, rows, self.pool, where, settings)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +72,7 @@ def test_two_processes_change_no_byte(world, whole, tmp_path):
 
     def work(rank: int) -> None:
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-        world.extract(name, tmp_path, ranks=Ranks(rank, 2))
+        as_rank(rank, 2, lambda: world.extract(name, tmp_path))
 
     pids = [fork(lambda rank=rank: work(rank)) for rank in range(2)]
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]

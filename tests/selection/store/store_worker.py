@@ -12,7 +12,8 @@ import time
 
 import numpy as np
 
-from selection.store.store import Column, StoreWriter
+from selection.store.key import Column, StoreKey
+from selection.store.store import StoreWriter
 
 N_RANKS = 2
 ROWS = np.arange(1000, 1300)
@@ -20,7 +21,7 @@ COLUMNS = [Column("state", (64,), "float16"), Column("loss", (), "float32")]
 
 
 def opened(root: str, rank: int = 0) -> StoreWriter:
-    return StoreWriter.open(root, "forward", {"pool": "p"}, ROWS, COLUMNS, 10, rank)
+    return StoreWriter.open(root, StoreKey("forward", {"pool": "p"}, ROWS, COLUMNS), 10, rank)
 
 
 def run_rank(root: str, rank: int, missing: list[int], seconds: float) -> None:

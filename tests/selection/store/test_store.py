@@ -16,17 +16,10 @@ import pytest
 from llava import files
 from llava.errors import StorageError
 from llava.runs import differences
-from selection.store import store as store_module
+from selection.store import key as key_module
 from selection.store.files import Block, block_path, encode_index, read_index
-from selection.store.store import (
-    Column,
-    StoreReader,
-    StoreWriter,
-    fingerprint,
-    full_identity,
-    is_complete,
-    store_folder,
-)
+from selection.store.key import Column, StoreKey, fingerprint
+from selection.store.store import StoreReader, StoreWriter, is_complete
 from tests.faults import DAMAGE, corrupt, faulty_os, flip_bit, in_child, snapshot, tiny_disk
 
 COLUMNS = [
@@ -49,7 +42,7 @@ def bad_of(rows: np.ndarray) -> list[dict]:
 
 
 def begin(root, rows=ROWS, identity=IDENTITY, block_size=4, rank=0) -> StoreWriter:
-    return StoreWriter.open(root, "forward", identity, rows, COLUMNS, block_size, rank)
+    return StoreWriter.open(root, StoreKey("forward", identity, rows, COLUMNS), block_size, rank)
 
 
 def fill(writer: StoreWriter, indices=None) -> StoreWriter:
@@ -267,7 +260,7 @@ def test_listing_cannot_vouch_for_a_foreign_block(tmp_path, whole):
         files.append_line(mine.folder / "journal-9-9.jsonl", line)
     assert mine.missing_blocks() == [0, 2, 3, 4, 5]
     with pytest.raises(StorageError, match="is block 1 of store"):
-        Block(mine.folder, msgspec.structs.replace(ours, block=0)).check(mine.fingerprint)
+        Block(mine.folder, msgspec.structs.replace(ours, block=0)).check(mine.key.fingerprint)
 
 
 def test_two_writers_of_one_block_leave_a_sound_store(tmp_path):
@@ -304,29 +297,30 @@ def test_other_inputs_never_share_a_store(tmp_path, path):
 
 
 def test_rows_columns_and_name_are_part_of_the_identity(tmp_path):
-    base = store_folder(tmp_path, "forward", IDENTITY, ROWS, COLUMNS)
+    base = StoreKey("forward", IDENTITY, ROWS, COLUMNS).folder(tmp_path)
     assert (
-        store_folder(tmp_path, "forward", dict(reversed(IDENTITY.items())), ROWS, COLUMNS) == base
+        StoreKey("forward", dict(reversed(IDENTITY.items())), ROWS, COLUMNS).folder(tmp_path)
+        == base
     )
     others = [
-        store_folder(tmp_path, "other", IDENTITY, ROWS, COLUMNS),
-        store_folder(tmp_path, "forward", IDENTITY, ROWS[::-1], COLUMNS),
-        store_folder(tmp_path, "forward", IDENTITY, ROWS[:-1], COLUMNS),
-        store_folder(tmp_path, "forward", IDENTITY, ROWS, COLUMNS[:2]),
-        store_folder(tmp_path, "forward", {**IDENTITY, "new": None}, ROWS, COLUMNS),
+        StoreKey("other", IDENTITY, ROWS, COLUMNS).folder(tmp_path),
+        StoreKey("forward", IDENTITY, ROWS[::-1], COLUMNS).folder(tmp_path),
+        StoreKey("forward", IDENTITY, ROWS[:-1], COLUMNS).folder(tmp_path),
+        StoreKey("forward", IDENTITY, ROWS, COLUMNS[:2]).folder(tmp_path),
+        StoreKey("forward", {**IDENTITY, "new": None}, ROWS, COLUMNS).folder(tmp_path),
     ]
     assert len({base, *others}) == 6
 
 
 def test_schema_version_is_part_of_the_identity(tmp_path, monkeypatch):
-    base = store_folder(tmp_path, "forward", IDENTITY, ROWS, COLUMNS)
-    monkeypatch.setattr(store_module, "SCHEMA", 2)
-    assert store_folder(tmp_path, "forward", IDENTITY, ROWS, COLUMNS) != base
+    base = StoreKey("forward", IDENTITY, ROWS, COLUMNS).folder(tmp_path)
+    monkeypatch.setattr(key_module, "SCHEMA", 2)
+    assert StoreKey("forward", IDENTITY, ROWS, COLUMNS).folder(tmp_path) != base
 
 
 def test_folder_that_holds_another_store_is_refused(tmp_path, whole):
     other = {**IDENTITY, "pool": "q"}
-    target = store_folder(tmp_path, "forward", other, ROWS, COLUMNS)
+    target = StoreKey("forward", other, ROWS, COLUMNS).folder(tmp_path)
     shutil.copytree(whole[0], target)
     with pytest.raises(StorageError, match="holds other inputs .pool: p -> q."):
         begin(tmp_path, identity=other)
@@ -343,9 +337,9 @@ def test_edited_identity_is_refused_even_with_a_new_checksum(whole):
     path.write_bytes(encode_index(index, entries))
     with pytest.raises(StorageError):
         StoreReader.open(whole[0])
-    index["fingerprint"] = read_fingerprint = fingerprint(
-        full_identity("forward", IDENTITY, ROWS, COLUMNS)
-    )
+    index["fingerprint"] = read_fingerprint = StoreKey(
+        "forward", IDENTITY, ROWS, COLUMNS
+    ).fingerprint
     path.write_bytes(encode_index(index, entries))
     assert whole[0].name.endswith(read_fingerprint[:16])
     with pytest.raises(StorageError):

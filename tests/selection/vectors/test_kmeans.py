@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from selection.store.store import Column, StoreReader, StoreWriter
+from selection.store.key import Column, StoreKey
+from selection.store.store import StoreReader, StoreWriter
 from selection.vectors import kmeans as cluster
 from selection.vectors import stream
 from selection.vectors.kmeans import cluster_groups, nearest, spherical_kmeans
@@ -27,7 +28,8 @@ def blobs():
 def store_of(folder, vectors, block_size=64):
     columns = [Column("v", vectors.shape[1:], vectors.dtype.name)]
     identity = {"block_size": block_size}
-    writer = StoreWriter.open(folder, "v", identity, np.arange(len(vectors)), columns, block_size)
+    key = StoreKey("v", identity, np.arange(len(vectors)), columns)
+    writer = StoreWriter.open(folder, key, block_size)
     for i in writer.missing_blocks():
         writer.write_block(i, {"v": vectors[writer.block_rows(i)]})
     writer.finish()
@@ -135,19 +137,19 @@ def test_nothing_to_cluster(tmp_path, blobs):
     assert found.centroids.shape == (0, 16) and (found.labels == -1).all()
 
 
-def test_same_bits_for_one_and_two_threads():
+@pytest.mark.bits
+def test_same_bits_for_one_and_two_threads(set_threads):
     sample = unit_rows(np.random.default_rng(0).normal(size=(2000, 700)))
     zeros = np.zeros(2000, np.int64)
-    found = set()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        faiss.omp_set_num_threads(threads)
+    results = set()
+    for n_threads in (1, 2):
+        set_threads(n_threads)
+        faiss.omp_set_num_threads(n_threads)
         centroids = spherical_kmeans(sample, 30, 10, seed=3)
         labels = nearest([torch.from_numpy(sample)], centroids, zeros, zeros[:30])
-        found.add(centroids.tobytes() + labels.tobytes())
-    torch.set_num_threads(1)
+        results.add(centroids.tobytes() + labels.tobytes())
     faiss.omp_set_num_threads(1)
-    assert len(found) == 1
+    assert len(results) == 1
 
 
 def test_unit_sample_is_what_take_gives(tmp_path, blobs):

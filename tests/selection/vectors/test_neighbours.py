@@ -5,14 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from selection.store.store import Column, StoreReader, StoreWriter
+from selection.store.key import Column, StoreKey
+from selection.store.store import StoreReader, StoreWriter
 from selection.vectors import neighbours
 from selection.vectors.neighbours import Neighbours
 
 
 def store_of(folder, vectors, block_size=64):
     columns = [Column("v", vectors.shape[1:], vectors.dtype.name)]
-    writer = StoreWriter.open(folder, "v", {}, np.arange(len(vectors)), columns, block_size)
+    key = StoreKey("v", {}, np.arange(len(vectors)), columns)
+    writer = StoreWriter.open(folder, key, block_size)
     for i in writer.missing_blocks():
         writer.write_block(i, {"v": vectors[writer.block_rows(i)]})
     writer.finish()

@@ -109,6 +109,7 @@ def test_deterministic_and_blind_to_the_global_generator(monkeypatch):
     assert adjusted_rand_score(other, first) > 0.99
 
 
+@pytest.mark.bits
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
     rows, _ = planted(2000, 20, width=600, noise=0.1)
     cosines, vectors, labels = [], [], []

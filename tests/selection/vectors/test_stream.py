@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llava.errors import StorageError
-from selection.store.store import Column, StoreReader, StoreWriter
+from selection.store.key import Column, StoreKey
+from selection.store.store import StoreReader, StoreWriter
 from selection.vectors import stream
 
 N, H = 23, 6
@@ -20,7 +21,8 @@ def copied(_, parts):
 def make_store(folder, arrays, block_size):
     columns = [Column(name, a.shape[1:], a.dtype.name) for name, a in arrays.items()]
     rows = np.arange(len(next(iter(arrays.values()))))
-    writer = StoreWriter.open(folder, "toy", {"block_size": block_size}, rows, columns, block_size)
+    key = StoreKey("toy", {"block_size": block_size}, rows, columns)
+    writer = StoreWriter.open(folder, key, block_size)
     for i in writer.missing_blocks():
         writer.write_block(i, {name: a[writer.block_rows(i)] for name, a in arrays.items()})
     writer.finish()
@@ -91,8 +93,9 @@ def test_a_stream_may_be_left_early(tmp_path, arrays):
     assert part == slice(0, 3) and len(first) == 3
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("threads", [1, 2])
-def test_order_bits_and_number_of_threads_stay_as_they_are(tmp_path, threads):
+def test_order_bits_and_number_of_threads_stay_as_they_are(tmp_path, threads, set_threads):
     vectors = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
     reader = make_store(tmp_path, {"v": vectors}, 50)
     slow_start = {0: 0.2}  # the first chunk is done last, and still comes first
@@ -101,15 +104,38 @@ def test_order_bits_and_number_of_threads_stay_as_they_are(tmp_path, threads):
         time.sleep(slow_start.get(part.start, 0))
         return (parts[0] @ torch.from_numpy(vectors[0])).numpy()
 
-    torch.set_num_threads(threads)
-    try:
-        found = list(stream.apply(reader, ["v"], product, size=16))
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(1)
-    assert [part.start for part, _ in found] == list(range(0, 300, 16))
-    alone = [(torch.from_numpy(vectors[part]) @ torch.from_numpy(vectors[0])) for part, _ in found]
-    assert all(torch.equal(torch.from_numpy(a), b) for (_, a), b in zip(found, alone, strict=True))
+    set_threads(threads)
+    streamed = list(stream.apply(reader, ["v"], product, size=16))
+    assert torch.get_num_threads() == threads
+    set_threads(1)
+    assert [part.start for part, _ in streamed] == list(range(0, 300, 16))
+    for part, products in streamed:
+        alone = torch.from_numpy(vectors[part]) @ torch.from_numpy(vectors[0])
+        assert torch.equal(torch.from_numpy(products), alone)
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("shape", [(8192,), (8192, 300)])
+def test_cosines_are_the_same_bits_for_one_and_two_threads(tmp_path, shape, set_threads):
+    """At the width of the largest proxies, in chunks; a product outside them has no such promise.
+
+    There the threads may share out the 8192 products that make a sum. It walks up to about 90 (the
+    root of their number), each addition rounds it by 2^-24 of that, and 8192 such errors walk 90
+    times as far: 5e-4, or 5e-6 of what is divided by the row's length, 90 again.
+    """
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(2 * stream.CHUNK + 7, 8192)).astype(np.float32)
+    columns = torch.from_numpy(rng.normal(size=shape).astype(np.float32))
+    reader = make_store(tmp_path, {"v": vectors}, 100)
+    streamed, whole = [], []
+    for n_threads in (1, 2):
+        set_threads(n_threads)
+        apply = stream.apply(reader, ["v"], lambda _, parts: stream.cosines(parts, columns))
+        streamed.append(np.concatenate([cosines for _, cosines in apply]))
+        whole.append(stream.cosines([torch.from_numpy(vectors)], columns))
+    assert streamed[0].tobytes() == streamed[1].tobytes()
+    for cosines in whole:
+        np.testing.assert_allclose(cosines, streamed[0], rtol=0, atol=1e-5)
 
 
 def test_an_error_in_the_function_reaches_the_caller(tmp_path, arrays):

@@ -20,7 +20,7 @@ from selection.methods.coido.cotrain import Session
 from selection.methods.coido.scorer import Scorer
 from selection.methods.coido.trajectory import Trajectory
 from selection.pool.pool import Pool
-from selection.signals.clip import checkpoint_content
+from selection.signals.clip_models import checkpoint_content
 from tests.tiny_models import save_clip, save_llava, save_pool
 
 N, SHARE = 40, "24"

@@ -152,6 +152,7 @@ def test_answer_gradient_is_autograds():
     assert (found[0, :6] == 0).all() and (found[:, -1] == 0).all()
 
 
+@pytest.mark.bits
 def test_answer_gradient_in_chunks(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(4, 40, 32, generator=generator), nn.Linear(32, 64)

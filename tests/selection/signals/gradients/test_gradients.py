@@ -18,11 +18,18 @@ import torch
 from llava.errors import DataError, UsageError
 from llava.images import open_image
 from llava.vlm import load_vlm
-from selection.extract.loop import signal_identity
+from selection.extract.loop import store_key
 from selection.signals.base import Sample
 from selection.signals.gradients.gradients import Gradients, noise_like
 from selection.signals.gradients.sketch import PROJECTIONS
-from tests.extraction import N, World, assert_same, columns, fork
+from tests.extraction import (
+    N,
+    World,
+    assert_closer_than_rounding,
+    assert_same,
+    columns,
+    fork,
+)
 from tests.faults import snapshot
 from tests.lora_models import factors, save_lora
 from tests.tiny_models import BUILDERS, save_llava, save_pool
@@ -145,14 +152,14 @@ def test_adams_steps_and_the_gradients_come_out_of_one_backward(stepped):
 def test_optimizer_state_is_part_of_the_identity(stepped):
     world, rows = stepped[0], np.arange(3)
     adam, plain = (Gradients(kind=kind) for kind in ("adam", "sgd"))
-    identities = [signal_identity(s, world.proxy, world.pool, rows) for s in (adam, plain)]
+    identities = [store_key(s, world.proxy, world.pool, rows).identity for s in (adam, plain)]
     path = world.model / "optimizer.pt"
     content = torch.load(path, weights_only=True)
     content["state"][0]["exp_avg"] += 1
     torch.save(content, path)
     other = load_vlm(world.model, world.base)
-    assert signal_identity(adam, other, world.pool, rows) not in identities
-    assert signal_identity(plain, other, world.pool, rows) == identities[1]
+    assert store_key(adam, other, world.pool, rows).identity not in identities
+    assert store_key(plain, other, world.pool, rows).identity == identities[1]
 
 
 def test_adam_needs_a_lora_and_its_optimizer(world):
@@ -197,7 +204,7 @@ def test_every_setting_is_part_of_the_identity(adapted):
     ]
     rows = np.arange(3)
     made = [Gradients(), *(replace(Gradients(), **change) for change in changes)]
-    found = [signal_identity(signal, world.proxy, world.pool, rows) for signal in made]
+    found = [store_key(signal, world.proxy, world.pool, rows).identity for signal in made]
     assert all(one not in found[:i] for i, one in enumerate(found))
 
 
@@ -227,6 +234,7 @@ def test_sample_without_an_answer_is_refused(adapted):
 # ---- the store's promises ------------------------------------------------------------------------
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", BUILDERS)
 def test_no_bit_depends_on_batches_or_blocks(name, tmp_path):
     """Bitwise on the CPU in float32, for text-only and image samples of mixed lengths."""
@@ -234,6 +242,7 @@ def test_no_bit_depends_on_batches_or_blocks(name, tmp_path):
     _check_batches(world, SMALL, tmp_path)
 
 
+@pytest.mark.bits
 def test_no_bit_of_an_adapter_depends_on_batches(adapted, tmp_path):
     _check_batches(adapted[0], Gradients(dim=512), tmp_path)
 
@@ -244,6 +253,19 @@ def _check_batches(world, signal, folder):
     for batch_size, block_size in [(3, 7), (8, 24)]:
         options = {"batch_size": batch_size, "block_size": block_size}
         assert_same(alone, world.extract(folder / f"{batch_size}", signal, **options))
+
+
+@pytest.mark.bits
+def test_bfloat16_depends_on_batches_and_threads_by_less_than_it_rounds(
+    world, reference, tmp_path, set_threads
+):
+    narrow = World(world.model, world.pool_path, world.images, dtype="bfloat16")
+    alone = narrow.extract(tmp_path / "1", SMALL, batch_size=1)
+    for batch_size, n_threads in [(3, 1), (8, 1), (3, 2)]:
+        set_threads(n_threads)
+        store = tmp_path / f"{batch_size}-{n_threads}"
+        together = narrow.extract(store, SMALL, batch_size=batch_size, block_size=7)
+        assert_closer_than_rounding(together, alone, reference)
 
 
 def test_two_ranks_change_no_byte(world, reference, tmp_path):

@@ -150,6 +150,7 @@ def test_sketches_of_shards_add_up(start):
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_no_bit_depends_on_the_batch(name):
     matrices = normal(9, 32, 96)

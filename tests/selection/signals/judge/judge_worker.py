@@ -7,9 +7,8 @@ import sys
 import numpy as np
 
 from llava.launch import process
+from selection.extract.loop import extract_signal
 from selection.pool.pool import Pool
-from selection.ranks import Ranks
-from selection.run import extract_signal
 from selection.settings import PoolSettings, ProxySettings
 from selection.signals.judge.judge import Judge
 
@@ -25,7 +24,7 @@ def main() -> None:
         judge_again=again[0] if again else "nothing",
     )
     proxy = ProxySettings(store=store, device="cpu", block_size=5)
-    extract_signal(signal, np.arange(len(pool)), pool, PoolSettings(path), proxy, Ranks())
+    extract_signal(signal, np.arange(len(pool)), pool, PoolSettings(path), proxy)
 
 
 process(main)

@@ -22,14 +22,13 @@ import pytest
 
 from llava.errors import DataError, StorageError, UsageError, UserError
 from llava.launch import process
+from selection.extract.loop import extract_signal
 from selection.pool.pool import Pool
-from selection.ranks import Ranks
-from selection.run import extract_signal
 from selection.settings import PoolSettings, ProxySettings
 from selection.signals.judge import asking
 from selection.signals.judge.judge import Judge, question_of, score_in
 from selection.store.store import StoreReader
-from tests.extraction import fork
+from tests.extraction import as_rank, fork
 from tests.faults import snapshot
 from tests.judges import KEY, judge_server
 
@@ -57,7 +56,7 @@ def ask(pool, tmp_path, monkeypatch):
     # the pauses themselves are tested apart
     monkeypatch.setattr(asking, "_BACK_OFF", lambda state: 0.01)
 
-    def ask(judge, store="store", max_bad=1.0, ranks=None, **settings):
+    def ask(judge, store="store", max_bad=1.0, **settings):
         made = Judge(
             judge_url=judge.url,
             judge_cache=str(tmp_path / "judge.sqlite"),
@@ -65,7 +64,7 @@ def ask(pool, tmp_path, monkeypatch):
         )
         proxy = ProxySettings(store=str(tmp_path / store), device="cpu", max_bad=max_bad)
         where = PoolSettings(str(pool.path))
-        return extract_signal(made, np.arange(N), pool, where, proxy, ranks or Ranks())
+        return extract_signal(made, np.arange(N), pool, where, proxy)
 
     return ask
 
@@ -328,7 +327,7 @@ def test_two_processes_ask_once_and_change_no_byte(ask, tmp_path):
 
         def work(rank: int) -> None:
             os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-            ask(judge, store="two", ranks=Ranks(rank, 2))
+            as_rank(rank, 2, lambda: ask(judge, store="two"))
 
         pids = [fork(lambda rank=rank: work(rank)) for rank in range(2)]
         assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
