@@ -1,86 +1,113 @@
-"""LLaVA JSON to model input: records, dataset, collator and sampler, for training and for scoring.
+"""Records as model input: the one road from a record to tensors, dataset, collator and sampler.
 
-`python -m llava.data show` (in `llava.show`) prints what the model will see; the format is
-described in docs/Data.md.
+Training, signals, checks and plans all go through `InputFormat`, so a sample looks the same to all.
+`python -m llava.data show` (in `llava.show`) prints what the model will see; the format of the
+files is described in docs/Data.md.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
+from PIL.Image import Image
 from torch.utils.data import Dataset, Sampler
 
-from llava.conversation import Template
-from llava.errors import DataError, run_main
+from llava.conversation import Template, get_template
+from llava.errors import DataError
 from llava.images import BadImage, ImageProcessor, open_image, shortened
 from llava.records import Record
 from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, Tokenizer, encode_conversation
 
-Item = dict[str, torch.Tensor | None]  # of `ConversationDataset`
+if TYPE_CHECKING:
+    from llava.model.checkpoint import Loaded
 
 
-class ConversationDataset(Dataset):
-    """Records as model input: `input_ids` and `labels` (L,) int64, `pixel_values` or None.
+class ModelInput(TypedDict):
+    """One sample as a model takes it; `pixel_values` is None when no image is shown."""
 
-    `pixel_values` (3, size, size) float32 is there exactly when `input_ids` holds
-    IMAGE_TOKEN_INDEX: an image whose record never says `<image>` is not read, because it would
-    reach no position (LLaVA encodes it and throws it away). `extra_roots`: see `open_image`.
+    input_ids: torch.Tensor  # (L,) int64
+    labels: torch.Tensor  # (L,) int64
+    pixel_values: torch.Tensor | None  # (3, S, S) float32
 
-    An item raises DataError or BadImage naming its row; no item is ever replaced by another.
-    """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        image_folder: str | Path,
-        template: Template,
-        tokenizer: Tokenizer,
-        image_processor: ImageProcessor | None,
-        extra_roots: Sequence[Path] = (),
-    ) -> None:
-        self.records = records
-        self.image_folder = Path(image_folder)
-        self.template = template
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.extra_roots = extra_roots
+class Positions(NamedTuple):
+    """Ids and labels (L,) int64 of a conversation, its image expanded, cut at the maximum."""
 
-    def __len__(self) -> int:
-        return len(self.records)
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    shows_image: bool
+    """Whether a turn refers to the image; as in LLaVA, the model does not see any other."""
+    n_whole: int
+    """Positions before the cut."""
 
-    def __getitem__(self, row: int) -> Item:
-        record = self.records[row]
-        try:
-            encoded = encode_conversation(
-                record.turns, record.has_image, self.template, self.tokenizer
-            )
-            shows_image = bool((encoded.input_ids == IMAGE_TOKEN_INDEX).any())
-            pixels = self._pixels(record.image) if shows_image else None
-        except BadImage as error:
-            raise BadImage(f"{self._where(row)}: {error}", refused=error.refused) from error
-        except DataError as error:
-            raise DataError(f"{self._where(row)}: {error}") from error
-        return {**encoded._asdict(), "pixel_values": pixels}
 
-    def _where(self, row: int) -> str:
-        return f"row {row} (id {shortened(str(self.records[row].id))})"
+@dataclass(frozen=True)
+class InputFormat:
+    """What decides how a record becomes model input."""
 
-    def _pixels(self, ref: str) -> torch.Tensor:
-        if self.image_processor is None:
-            raise DataError("has an image, but the model has no vision tower")
-        return self.image_processor(
-            open_image(self.image_folder, ref, extra_roots=self.extra_roots)
+    template: Template
+    tokenizer: Tokenizer
+    image_processor: ImageProcessor | None
+    """None where only ids and labels are made, and for a language model alone."""
+    image_token_id: int | None
+    n_image_tokens: int
+    """Positions an image takes; 0 for a language model alone."""
+    model_max_length: int
+    """Positions after the image is expanded; longer samples are cut."""
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> InputFormat:
+        """That of a checkpoint."""
+        return cls(
+            get_template(loaded.template_name),
+            loaded.tokenizer,
+            loaded.image_processor,
+            loaded.image_token_id,
+            loaded.n_image_tokens,
+            loaded.model_max_length,
         )
 
-    def modality_lengths(self) -> list[int]:
-        """Words of each record, negative for text-only ones: what the sampler groups by."""
-        words = [sum(len(turn.value.split()) for turn in r.conversations) for r in self.records]
-        return [n if r.has_image else -n for n, r in zip(words, self.records, strict=True)]
+    def encode(self, turns: Sequence[tuple[str, str]], has_image: bool) -> Positions:
+        """Ids and labels of a conversation.
+
+        Without an image, `<image>` is ordinary text. Raises DataError where template or tokenizer
+        refuse it, for an image shown to a language model, and if the cut goes through the image.
+        """
+        encoded = encode_conversation(turns, has_image, self.template, self.tokenizer)
+        shows_image = bool((encoded.input_ids == IMAGE_TOKEN_INDEX).any())
+        if shows_image:
+            self.check_vision()
+        n_whole = len(encoded.input_ids) + shows_image * (self.n_image_tokens - 1)
+        cut = expand_image(encoded, self.n_image_tokens, self.image_token_id, self.model_max_length)
+        return Positions(*cut, shows_image, n_whole)
+
+    def model_input(
+        self, turns: Sequence[tuple[str, str]], open_picture: Callable[[], Image] | None
+    ) -> ModelInput:
+        """Ids, labels and pixels of a conversation; without `open_picture` it has no image.
+
+        `open_picture` is called only if the image is shown: LLaVA encodes any other and throws it
+        away. Raises as `encode` and `open_picture` do.
+        """
+        positions = self.encode(turns, open_picture is not None)
+        pixels = self.image_processor(open_picture()) if positions.shows_image else None
+        return ModelInput(
+            input_ids=positions.input_ids, labels=positions.labels, pixel_values=pixels
+        )
+
+    def check_vision(self) -> None:
+        """Raise DataError for a language model alone, which takes no image."""
+        if not self.n_image_tokens:
+            raise DataError(
+                "has an image, but the model has no vision tower; it is a language model without "
+                "vision"
+            )
 
 
 def expand_image(
@@ -106,43 +133,75 @@ def expand_image(
     return Encoded(ids[:model_max_length], labels[:model_max_length])
 
 
+class ConversationDataset(Dataset):
+    """Records as `ModelInput`; `extra_roots`: see `open_image`.
+
+    An item raises DataError or BadImage naming its row; no item is ever replaced by another.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        image_folder: str | Path,
+        input_format: InputFormat,
+        extra_roots: Sequence[Path] = (),
+    ) -> None:
+        self.records = records
+        self.image_folder = Path(image_folder)
+        self.input_format = input_format
+        self.extra_roots = extra_roots
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, row: int) -> ModelInput:
+        record, open_picture = self.records[row], None
+        if record.has_image:
+            open_picture = partial(
+                open_image, self.image_folder, record.image, extra_roots=self.extra_roots
+            )
+        try:
+            return self.input_format.model_input(record.turns, open_picture)
+        except (BadImage, DataError) as error:
+            message = f"row {row} (id {shortened(str(record.id))}): {error}"
+            if isinstance(error, BadImage):
+                raise BadImage(message, refused=error.refused) from error
+            raise DataError(message) from error
+
+
+def modality_lengths(records: Sequence[Record]) -> list[int]:
+    """Words of each record, negative for text-only ones: what the sampler groups by."""
+    words = [sum(len(turn.value.split()) for turn in record.conversations) for record in records]
+    return [n if r.has_image else -n for n, r in zip(words, records, strict=True)]
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Items of `ConversationDataset` to a batch, padded on the right.
+    """Samples to a batch, padded on the right.
 
     `input_ids`, `labels`, `attention_mask` are (B, L) int64; `pixel_values` (n, 3, S, S) float32
-    has one row for each item with an image, in order. A batch without any gets one zero image and
+    has one row for each sample with an image, in order. A batch without any gets one zero image and
     `dummy_image=True`: every rank must run the vision tower in every step, or ZeRO-3 waits for
     ever (P19); the trainer multiplies its features by zero. With `image_size=None` (a language
     model alone) a batch never holds pixels.
     """
 
     pad_id: int
-    image_token_id: int
-    n_image_tokens: int
-    model_max_length: int
     image_size: int | None
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
-        encoded = [self.expand(item) for item in items]
-        mask = [torch.ones_like(e.input_ids) for e in encoded]
+    def __call__(self, samples: Sequence[ModelInput]) -> dict[str, Any]:
+        ids = [sample["input_ids"] for sample in samples]
         return {
-            "input_ids": pad_rows([e.input_ids for e in encoded], self.pad_id),
-            "labels": pad_rows([e.labels for e in encoded], IGNORE_INDEX),
-            "attention_mask": pad_rows(mask, 0),
-            **self.pictures(items),
+            "input_ids": pad_rows(ids, self.pad_id),
+            "labels": pad_rows([sample["labels"] for sample in samples], IGNORE_INDEX),
+            "attention_mask": pad_rows([torch.ones_like(row) for row in ids], 0),
+            **self.pictures(samples),
         }
 
-    def expand(self, item: Item) -> Encoded:
-        """Ids and labels of one item with its image expanded, cut at `model_max_length`."""
-        encoded = Encoded(item["input_ids"], item["labels"])
-        return expand_image(
-            encoded, self.n_image_tokens, self.image_token_id, self.model_max_length
-        )
-
-    def pictures(self, items: Sequence[Item]) -> dict[str, Any]:
-        """`pixel_values` of the items' images in order, or the zero image and `dummy_image`."""
-        images = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
+    def pictures(self, samples: Sequence[ModelInput]) -> dict[str, Any]:
+        """`pixel_values` of the samples' images in order, or the zero image and `dummy_image`."""
+        pixels = [sample["pixel_values"] for sample in samples]
+        images = [picture for picture in pixels if picture is not None]
         if images:
             return {"pixel_values": torch.stack(images)}
         if self.image_size is None:
@@ -243,6 +302,7 @@ def deal_evenly(items: Sequence[int], lengths: Sequence[int], n_shares: int) -> 
 
 
 if __name__ == "__main__":
+    from llava.launch import process
     from llava.show import main
 
-    run_main(main)
+    process(main)

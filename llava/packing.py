@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from llava.data import Collator, Item, pad_rows
-from llava.tokens import IGNORE_INDEX, Encoded
+from llava.data import Collator, ModelInput, pad_rows
+from llava.tokens import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Items of `ConversationDataset` to a batch of R rows, R at most the number of items.
+    """Samples to a batch of R rows, R at most their number.
 
     `input_ids`, `labels` and `position_ids` are (R, L) int64. The first label of a sample is
     IGNORE_INDEX: no token is predicted from another sample. Padding is at position 0, where it
@@ -34,29 +34,28 @@ class PackingCollator:
     """
 
     collator: Collator
-    single_row: bool
-    """All samples in one row, for flash attention; else rows of at most `model_max_length`."""
+    row_length: int | None
+    """Most positions of a row; None puts all samples into a single one, for flash attention."""
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
-        samples = [self.collator.expand(item) for item in items]
-        rows = [list(range(len(items)))]
-        if not self.single_row:
-            rows = fill_rows([len(s.input_ids) for s in samples], self.collator.model_max_length)
+    def __call__(self, samples: Sequence[ModelInput]) -> dict[str, Any]:
+        rows = [list(range(len(samples)))]
+        if self.row_length is not None:
+            rows = fill_rows([len(sample["input_ids"]) for sample in samples], self.row_length)
         packed = [_joined([samples[i] for i in row]) for row in rows]
         ids, labels, positions = zip(*packed, strict=True)
         return {
             "input_ids": pad_rows(ids, self.collator.pad_id),
             "labels": pad_rows(labels, IGNORE_INDEX),
             "position_ids": pad_rows(positions, 0),
-            **self.collator.pictures([items[i] for row in rows for i in row]),
+            **self.collator.pictures([samples[i] for row in rows for i in row]),
         }
 
 
-def _joined(samples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _joined(samples: Sequence[ModelInput]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids, labels and position ids of one row."""
-    labels = torch.cat([sample.labels for sample in samples])
-    positions = torch.cat([torch.arange(len(sample.labels)) for sample in samples])
-    ids = torch.cat([sample.input_ids for sample in samples])
+    ids = torch.cat([sample["input_ids"] for sample in samples])
+    labels = torch.cat([sample["labels"] for sample in samples])
+    positions = torch.cat([torch.arange(len(sample["labels"])) for sample in samples])
     return ids, labels.masked_fill(positions == 0, IGNORE_INDEX), positions
 
 

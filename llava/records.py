@@ -103,7 +103,7 @@ def raw_records(path: str | Path, key: str | None = None) -> Iterator[bytes]:
 
 
 def map_file(path: str | Path) -> mmap.mmap | bytes:
-    """The bytes of a file without reading them into memory; UsageError if it cannot be read."""
+    """The bytes of a file, not read into memory if it can be mapped; UsageError if unreadable."""
     path = Path(path)
     if path.is_dir():
         raise UsageError(f"{path}: is a folder: name the JSON file in it")
@@ -111,7 +111,7 @@ def map_file(path: str | Path) -> mmap.mmap | bytes:
         with path.open("rb") as file:
             try:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except ValueError:  # an empty file, or a pipe
+            except (ValueError, OSError):  # an empty file, or a pipe
                 return file.read()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error

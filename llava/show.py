@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ def show(arguments: argparse.Namespace) -> int:
     if arguments.limit is not None and arguments.limit < 1:
         raise UsageError(f"--limit {arguments.limit}; it must be at least 1")
     worst = 0
-    for row, raw in enumerate(raw_records(arguments.data)[: arguments.limit]):
+    raws = raw_records(arguments.data, key="conversations")
+    for row, raw in enumerate(itertools.islice(raws, arguments.limit)):
         where = f"{arguments.data}: row {row}"
         try:
             record = decode_record(raw, where)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 
-from llava.conversation import get_template
-from llava.data import expand_image
+from llava.data import InputFormat
 from llava.eval.question import Question, parse_question
 from llava.images import open_image
 from llava.model.checkpoint import Loaded
 from llava.records import Record, load_records
-from llava.tokens import encode_conversation
 from mini.samples import LETTER, LETTER_ZH
 
 _IMAGE = "<image>\n"
@@ -52,7 +52,7 @@ def accuracy(
     With `image_folder` None the pictures are left out and the questions asked as text. Records that
     are not multiple choice are passed over.
     """
-    found = Accuracy()
+    result = Accuracy()
     chances = 0.0
     for record in records:
         text, answer = record.conversations[0].value, record.conversations[1].value
@@ -60,41 +60,37 @@ def accuracy(
         right = None if question is None else question.option(answer)
         if question is None or right is None:
             continue
-        pictured = record.image if image_folder is not None else None
-        pixels = None
-        if pictured:
-            picture = open_image(Path(image_folder), pictured)
-            pixels = loaded.image_processor(picture)[None]
-        scores = _symbol_scores(loaded, question, symbols, pixels)
+        open_picture = None
+        if record.image and image_folder is not None:
+            open_picture = partial(open_image, image_folder, record.image)
+        scores = _symbol_scores(loaded, question, symbols, open_picture)
         chosen = int(scores.argmax())
-        found.n += 1
-        found.n_right += chosen == right
-        found.chosen[chosen] += 1
+        result.n += 1
+        result.n_right += chosen == right
+        result.chosen[chosen] += 1
         chances += 1 / len(question.options)
-    found.chance = chances / max(found.n, 1)
-    return found
+    result.chance = chances / max(result.n, 1)
+    return result
 
 
 def _symbol_scores(
-    loaded: Loaded, question: Question, symbols: str, pixels: torch.Tensor | None
+    loaded: Loaded, question: Question, symbols: str, open_picture: Callable[[], Image] | None
 ) -> torch.Tensor:
     """Logits of the options' symbols as the answer's first token."""
     n = len(question.options)
     text = question.render(symbols=symbols)
     if question.suffix is None:
         text = f"{text}\n{LETTER if question.stem.isascii() else LETTER_ZH}"
-    prompt = f"{_IMAGE}{text}" if pixels is not None else text
-    encoded = encode_conversation(
-        [("human", prompt), ("gpt", "")],
-        pixels is not None,
-        get_template(loaded.template_name),
-        loaded.tokenizer,
+    if open_picture is not None:
+        text = _IMAGE + text
+    turns = [("human", text), ("gpt", "")]
+    sample = InputFormat.of(loaded).model_input(turns, open_picture)
+    pixels = sample["pixel_values"]
+    out = loaded.model(
+        input_ids=sample["input_ids"][None],
+        pixel_values=None if pixels is None else pixels[None],
+        logits_to_keep=1,
     )
-    if pixels is not None:
-        encoded = expand_image(
-            encoded, loaded.n_image_tokens, loaded.image_token_id, loaded.model_max_length
-        )
-    out = loaded.model(input_ids=encoded.input_ids[None], pixel_values=pixels, logits_to_keep=1)
     answers = [loaded.tokenizer.encode(symbol)[0][-1] for symbol in symbols[:n]]
     return out.logits[0, -1, answers]
 

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from transformers.integrations import integration_utils
 from transformers.utils.generic import is_flash_attention_requested
 
 from llava import ranks
-from llava.conversation import get_template
-from llava.data import Collator, ConversationDataset
-from llava.errors import UsageError, UserError
+from llava.data import Collator, ConversationDataset, InputFormat
+from llava.errors import Preempted, UsageError
+from llava.files import write_json
+from llava.launch import process
 from llava.model.checkpoint import Loaded
-from llava.model.weights import write_json
 from llava.packing import PackingCollator
 from llava.records import load_records
 from llava.train import checkpoints, quantize, zero
 from llava.train.arguments import Arguments, check_machine, parse
 from llava.train.evaluation import is_evaluated
 from llava.train.identity import FILE, check_same, identity
-from llava.train.interrupt import Interrupt, Preempted, StopAtSignal
+from llava.train.interrupt import Interrupt, StopAtSignal
 from llava.train.plan.page import print_plan
 from llava.train.plan.plan import take
 from llava.train.stages import Exporter, load_model, prepare
@@ -49,27 +46,18 @@ def make_dataset(
     records = load_records(path)
     if loaded.image_processor is None and any(record.has_image for record in records):
         raise UsageError(f"{path}: has images; give --vision_tower and --image_folder")
-    template = get_template(loaded.template_name)
     roots = [Path(root) for root in data.image_roots]
-    return ConversationDataset(
-        records, folder, template, loaded.tokenizer, loaded.image_processor, roots
-    )
+    return ConversationDataset(records, folder, InputFormat.of(loaded), roots)
 
 
 def make_collator(loaded: Loaded, packing: bool = False) -> Collator | PackingCollator:
     """The collator that fits the model and, with `packing`, its attention."""
     processor = loaded.image_processor
-    collator = Collator(
-        pad_id=loaded.tokenizer.pad_id,
-        image_token_id=loaded.image_token_id,
-        n_image_tokens=loaded.n_image_tokens,
-        model_max_length=loaded.model_max_length,
-        image_size=None if processor is None else processor.size,
-    )
+    collator = Collator(loaded.tokenizer.pad_id, None if processor is None else processor.size)
     if not packing:
         return collator
-    attention = loaded.model.get_decoder().config
-    return PackingCollator(collator, single_row=is_flash_attention_requested(attention))
+    single_row = is_flash_attention_requested(loaded.model.get_decoder().config)
+    return PackingCollator(collator, None if single_row else loaded.model_max_length)
 
 
 def train(
@@ -210,48 +198,5 @@ def main(attention: str | None = None) -> None:
         print_plan(arguments, plan)
 
 
-_AFTER_OTHERS = 5  # seconds: the launcher names the process that it sees end first as the cause
-
-
-class Interrupted(UserError):
-    """Ended from the keyboard."""
-
-    exit_code = 130
-
-
-def program(main: Callable[[], None]) -> None:
-    """Run `main` as one process of a run; an error decides the exit code.
-
-    A UserError is one line, said by one process. Any other error is a traceback, which torchrun
-    shows again in its summary; processes that only fail because of another's error are silent.
-    """
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    record(lambda: _spoken(main))()
-    ranks.leave()
-
-
-def _spoken(main: Callable[[], None]) -> None:
-    try:
-        main()
-    except Preempted as stop:
-        _end(stop, "")
-    except UserError as error:
-        _end(error, "error: ")
-    except KeyboardInterrupt:
-        _end(Interrupted("interrupted; run the same command again to continue"), "")
-    except Exception as error:
-        if ranks.said():
-            sys.exit(1)
-        if ranks.lost_another(error):
-            time.sleep(_AFTER_OTHERS)
-        raise
-
-
-def _end(error: UserError, prefix: str) -> None:
-    if ranks.first_to_say():
-        print(f"{prefix}{error}", file=sys.stderr, flush=True)
-    sys.exit(error.exit_code)
-
-
 if __name__ == "__main__":
-    program(main)
+    process(main)

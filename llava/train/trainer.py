@@ -25,13 +25,13 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.trainer_pt_utils import nested_gather
 
 from llava import ranks
-from llava.data import ConversationDataset, ModalityLengthSampler
+from llava.data import ConversationDataset, ModalityLengthSampler, modality_lengths
 from llava.errors import DataError, NonFiniteError
-from llava.model.weights import write_json
+from llava.files import storage_errors, write_json
 from llava.tokens import IGNORE_INDEX
 from llava.train import checkpoints, zero
 from llava.train.evaluation import held_out_loss, is_evaluated
-from llava.train.interrupt import LeaveSignals
+from llava.train.interrupt import LoaderProcess
 from llava.train.progress import Meter, Progress
 from llava.train.rows import NumberedCollator, NumberedDataset
 
@@ -58,13 +58,6 @@ class EpochSampler(ModalityLengthSampler):
 
     def set_epoch(self, epoch: int) -> None:
         self.generator.manual_seed(self.seed + epoch)
-
-
-def supervised_loss(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], n_tokens: torch.Tensor | int
-) -> torch.Tensor:
-    """Sum of the cross entropy at supervised positions, divided by `n_tokens`."""
-    return token_losses(model, inputs)[0].sum() / n_tokens
 
 
 def token_losses(
@@ -120,7 +113,7 @@ class LlavaTrainer(transformers.Trainer):
     is supervised: on every process, so that none waits for another.
     """
 
-    loss_is_scaled_for_ga = True  # see `supervised_loss`
+    loss_is_scaled_for_ga = True  # see `reduced`
 
     def __init__(
         self,
@@ -153,14 +146,14 @@ class LlavaTrainer(transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         inner = loader.base_dataloader  # of accelerate's, which hands on what is asked of it
-        inner.worker_init_fn = LeaveSignals(inner.worker_init_fn)
+        inner.worker_init_fn = LoaderProcess(inner.worker_init_fn)
         return loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if not self.args.group_by_modality_length:
             return super()._get_train_sampler(train_dataset)
         sampler = EpochSampler(
-            self.train_dataset.dataset.modality_lengths(),
+            modality_lengths(self.train_dataset.dataset.records),
             self.args.train_batch_size,
             self.args.world_size,
             self.args.data_seed or self.args.seed,
@@ -178,10 +171,10 @@ class LlavaTrainer(transformers.Trainer):
         named = (model or self.model).named_parameters()
         projector = {id(p) for name, p in named if any(part in name for part in _PROJECTORS)}
         for group in list(optimizer.param_groups):
-            own = [p for p in group["params"] if id(p) in projector]
-            if own:
+            moved = [p for p in group["params"] if id(p) in projector]
+            if moved:
                 group["params"] = [p for p in group["params"] if id(p) not in projector]
-                optimizer.add_param_group({**group, "params": own, "lr": rate})
+                optimizer.add_param_group({**group, "params": moved, "lr": rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
@@ -204,12 +197,12 @@ class LlavaTrainer(transformers.Trainer):
         """Supervised tokens of the step, in one exchange with all else that processes share."""
         errors = [batch["error"] for batch in batches if "error" in batch]
         names = ("n_supervised", "n_tokens", "n_samples")
-        own = [sum(batch.get(name, 0) for batch in batches) for name in names]
-        *counts, n_errors = ranks.total([*own, len(errors)])
+        on_this = [sum(batch.get(name, 0) for batch in batches) for name in names]
+        *on_all, n_errors = ranks.total([*on_this, len(errors)])
         if n_errors:
             ranks.agree(errors[0] if errors else None)
-        self.meter.add(samples=counts[2], tokens=counts[1])
-        return (counts if self.args.average_tokens_across_devices else own)[0]
+        self.meter.add(samples=on_all[2], tokens=on_all[1])
+        return (on_all if self.args.average_tokens_across_devices else on_this)[0]
 
     def _all_masked(self, when: str) -> str:
         return (
@@ -328,7 +321,7 @@ class LlavaTrainer(transformers.Trainer):
             return  # this step was saved a moment ago, before its epoch ended
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with checkpoints.written_to(folder):
+            with storage_errors(folder, checkpoints.GOES_ON):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
@@ -377,8 +370,8 @@ class Resumed(TrainerCallback):
         saved = json.loads((Path(trainer.resumed_from) / METERS).read_text(encoding="utf-8"))
         losses = saved["losses"]
         mean = sum(losses) / len(losses)
-        own = losses[ranks.rank()] if len(losses) == ranks.world_size() else mean
-        trainer._tr_loss += own
+        same_size = len(losses) == ranks.world_size()
+        trainer._tr_loss += losses[ranks.rank()] if same_size else mean
         trainer._total_loss_scalar = -mean  # the average over this call leaves them out again
         trainer._globalstep_last_logged = saved["since"]
         at_epoch_end = float(state.epoch).is_integer()  # saved before the epoch's evaluation

@@ -238,8 +238,8 @@ class Vlm:
 
 
 def _end_ids(model: nn.Module) -> set[int]:
-    found = model.generation_config.eos_token_id
-    return set() if found is None else {found} if isinstance(found, int) else set(found)
+    ids = model.generation_config.eos_token_id
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
 def _minor(version: str) -> str:

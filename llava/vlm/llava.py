@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL.Image import Image
 
-from llava.conversation import IMAGE_TOKEN, get_template, render
-from llava.data import expand_image
-from llava.errors import DataError
+from llava.conversation import IMAGE_TOKEN, render
+from llava.data import InputFormat
 from llava.model import lora
 from llava.model.lora import LowRank
 from llava.model.moments import Moments, read_moments
 from llava.model.sources import Kind
-from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_conversation, tokenize
+from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize
 from llava.vlm.base import Prepared, Vlm
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ class LlavaVlm(Vlm):
         )
         self.loaded = loaded
         self.folder = folder
-        self.template = get_template(loaded.template_name)
 
     def identity(self) -> dict[str, Any]:
         images = self.loaded.image_processor
@@ -45,6 +43,10 @@ class LlavaVlm(Vlm):
             "template": self.loaded.template_name,
             "image_processor": images.fingerprint() if images else None,
         }
+
+    @property
+    def input_format(self) -> InputFormat:
+        return InputFormat.of(self.loaded)
 
     @cached_property
     def adapter(self) -> dict[str, LowRank]:
@@ -60,18 +62,21 @@ class LlavaVlm(Vlm):
 
     def prepare(self, record: Record, image: Image | None) -> Prepared:
         if image is not None:
-            self._check_vision()
-        encoded, shown = self._encode(record, image is not None)
-        extras = {"pixel_values": self.loaded.image_processor(image)[None]} if shown else {}
-        return Prepared(encoded.input_ids, encoded.labels, extras)
+            self.input_format.check_vision()
+        open_picture = None if image is None else lambda: image
+        sample = self.input_format.model_input(record.turns, open_picture)
+        pixels = sample["pixel_values"]
+        extras = {} if pixels is None else {"pixel_values": pixels[None]}
+        return Prepared(sample["input_ids"], sample["labels"], extras)
 
     def rewrite(self, item: Prepared, record: Record, image: Image | None) -> Prepared:
-        encoded, shown = self._encode(record, image is not None)
-        return Prepared(encoded.input_ids, encoded.labels, item.extras if shown else {})
+        positions = self.input_format.encode(record.turns, image is not None)
+        extras = item.extras if positions.shows_image else {}
+        return Prepared(positions.input_ids, positions.labels, extras)
 
     def prompt(self, text: str, images: Sequence[Image] = ()) -> Prepared:
         if images:
-            self._check_vision()
+            self.input_format.check_vision()
         pixels = [self.loaded.image_processor(image) for image in images]
         extras = {"pixel_values": torch.stack(pixels)} if pixels else {}
         return self._ask(text, len(images), extras)
@@ -84,7 +89,7 @@ class LlavaVlm(Vlm):
 
     def first_token(self, answer: str) -> int:
         turns = [("human", "?"), ("gpt", answer)]
-        labels = encode_conversation(turns, False, self.template, self.loaded.tokenizer).labels
+        labels = self.input_format.encode(turns, has_image=False).labels
         return int(labels[labels != IGNORE_INDEX][0])
 
     def _ask(self, text: str, n_images: int, extras: dict[str, torch.Tensor]) -> Prepared:
@@ -92,7 +97,8 @@ class LlavaVlm(Vlm):
         loaded = self.loaded
         if n_images:
             text = f"{IMAGE_TOKEN}\n" * n_images + text.replace(IMAGE_TOKEN, "")
-        segments = render(self.template, [("human", text), ("gpt", "")], has_image=False)
+        turns = [("human", text), ("gpt", "")]
+        segments = render(self.input_format.template, turns, has_image=False)
         ids = tokenize(segments, loaded.tokenizer, n_images).input_ids
         image = ids == IMAGE_TOKEN_INDEX
         ids[image] = loaded.image_token_id or 0
@@ -102,22 +108,5 @@ class LlavaVlm(Vlm):
     def _closing_ids(self) -> set[int]:
         # LLaVA stops at </s> alone, so a closing of several tokens (###) ends nothing.
         tokenizer = self.loaded.tokenizer
-        closing, _ = tokenizer.encode(self.template.gpt.close.strip())
+        closing, _ = tokenizer.encode(self.input_format.template.gpt.close.strip())
         return {i for i in (tokenizer.eos_id, *closing[: len(closing) == 1]) if i is not None}
-
-    def _check_vision(self) -> None:
-        if self.loaded.image_processor is None:
-            raise DataError("has an image, but the model is a language model without vision")
-
-    def _encode(self, record: Record, has_image: bool) -> tuple[Encoded, bool]:
-        """Ids and labels with the image expanded, and whether the image is shown at all.
-
-        As in LLaVA, an image that no turn refers to is not shown to the model.
-        """
-        loaded = self.loaded
-        encoded = encode_conversation(record.turns, has_image, self.template, loaded.tokenizer)
-        shown = bool((encoded.input_ids == IMAGE_TOKEN_INDEX).any())
-        expanded = expand_image(
-            encoded, loaded.n_image_tokens, loaded.image_token_id, self.max_length
-        )
-        return expanded, shown

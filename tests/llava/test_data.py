@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,12 +20,15 @@ from llava.conversation import get_template
 from llava.data import (
     Collator,
     ConversationDataset,
+    InputFormat,
     ModalityLengthSampler,
+    ModelInput,
     expand_image,
+    modality_lengths,
 )
 from llava.errors import DataError, UsageError
 from llava.images import BadImage, ImageProcessor
-from llava.records import MAX_CHARACTERS, decode_record, load_records, raw_records
+from llava.records import decode_record
 from llava.show import parser, show
 from llava.tokens import (
     IGNORE_INDEX,
@@ -37,75 +41,6 @@ from llava.tokens import (
 ROOT = Path(__file__).parents[2]
 QUESTION, ANSWER = {"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": "no"}
 TEXT = {"from": "human", "value": "red?"}
-
-
-def raw(**keys: object) -> bytes:
-    return json.dumps({"conversations": [TEXT, ANSWER], **keys}).encode()
-
-
-# Records
-
-
-def test_record_keeps_what_matters() -> None:
-    record = decode_record(raw(id=7, image="a/b.jpg", model="", score=[{}]), "f: row 0")
-    assert (record.id, record.image, record.has_image) == (7, "a/b.jpg", True)
-    assert record.turns == [("human", "red?"), ("gpt", "no")]
-    for keys in ({"id": "140031996X"}, {"id": None}, {}, {"image": None}):
-        assert not decode_record(raw(**keys), "f: row 0").has_image
-    assert decode_record(raw(image=""), "f: row 0").has_image  # a key is there; opening it fails
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (raw(image=["a.jpg"]), "got `array` - at `$.image`; image is one relative path"),
-        (raw(image=3), "got `int` - at `$.image`"),
-        (raw(image=True), "got `bool` - at `$.image`"),
-        (raw(conversations=[]), "no question"),
-        (raw(conversations=[ANSWER]), "no question"),
-        (raw(conversations="x"), "`$.conversations`; a record is"),
-        (raw(conversations=[TEXT, TEXT]), "turn 1 is from 'human' where 'gpt' belongs"),
-        (raw(conversations=[{"from": "user", "value": "x"}]), "turn 0 is from 'user'"),
-        (raw(conversations=[{"from": "human"}]), "missing required field `value`"),
-        (raw(conversations=[{"from": "human", "value": None}]), "`$.conversations[0].value`"),
-        (b'{"id": 1}', "missing required field `conversations`"),
-        (b"[1, 2]", "Expected `object`, got `array`"),
-        (b'{"conversations": [', "truncated"),
-        (b'{"conversations": [], "x": ' + b"[" * 100_000, "recursion"),
-        (raw().replace(b"red?", b"\xff"), "can't decode byte 0xff"),
-        (raw(conversations=[{"from": "human", "value": "x" * (MAX_CHARACTERS + 1)}]), "split it"),
-    ],
-)
-def test_bad_records_are_one_clear_line(content: bytes, reason: str) -> None:
-    with pytest.raises(DataError) as caught:
-        decode_record(content, "pool.json: row 3")
-    message = str(caught.value)
-    assert message.startswith("pool.json: row 3: ") and reason in message
-    assert "\n" not in message and len(message) < 400
-
-
-def test_files_as_list_or_lines(tmp_path: Path) -> None:
-    path = tmp_path / "pool"
-    rows = [raw(id=1), raw(id="é🙂", image="x.png")]
-    path.write_bytes(b"\xef\xbb\xbf [" + b",\n ".join(rows) + b"]\n")
-    assert [r.id for r in load_records(path)] == [1, "é🙂"]
-    path.write_bytes(b"\n".join(rows) + b"\n\n")
-    assert [r.id for r in load_records(path)] == [1, "é🙂"]
-    path.write_bytes(rows[0] + b"\n{broken\n")
-    with pytest.raises(DataError, match="pool: row 1: JSON is malformed"):
-        load_records(path)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"not json", b'"x"', b"[{}", b"[1,", b"[" * 100_000]
-)
-def test_unusable_files_are_named(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "pool.json"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match="pool.json: "):
-        load_records(path)
-    with pytest.raises(UsageError, match="No such file"):
-        raw_records(tmp_path / "none.json")
 
 
 # Dataset and collator
@@ -127,21 +62,21 @@ def dataset(tiny_vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return ConversationDataset(
         [decode_record(json.dumps(r).encode(), "test") for r in records],
         folder,
-        get_template("v1"),
-        load_tokenizer(tiny_vocabulary),
-        ImageProcessor(14),
+        InputFormat(
+            template=get_template("v1"),
+            tokenizer=load_tokenizer(tiny_vocabulary),
+            image_processor=ImageProcessor(14),
+            image_token_id=500,
+            n_image_tokens=4,
+            model_max_length=2048,
+        ),
     )
 
 
 def test_items(dataset: ConversationDataset) -> None:
     assert len(dataset) == 6
     for row in (0, 1, 2):
-        item, record = dataset[row], dataset.records[row]
-        encoded = encode_conversation(
-            record.turns, record.has_image, dataset.template, dataset.tokenizer
-        )
-        assert torch.equal(item["input_ids"], encoded.input_ids)
-        assert torch.equal(item["labels"], encoded.labels)
+        assert positions(dataset[row]) == slow_expand(encoded(dataset, row), 4, 500)
     assert dataset[0]["pixel_values"].shape == (3, 14, 14)
     assert dataset[1]["pixel_values"] is None
     assert dataset[2]["pixel_values"] is None
@@ -155,10 +90,12 @@ def test_bad_items_name_their_row_and_are_not_replaced(dataset: ConversationData
     assert caught.value.exit_code == 77
     with pytest.raises(DataError, match="row 5.*2 turns hold <image>"):
         dataset[5]
-    blind = ConversationDataset(
-        dataset.records, dataset.image_folder, dataset.template, dataset.tokenizer, None
-    )
-    assert blind[1]["pixel_values"] is None
+    with pytest.raises(DataError, match="row 3.*the image ends at position 68, beyond the"):
+        with_format(dataset, model_max_length=8)[3]  # before the picture is opened
+    blind = with_format(dataset, image_processor=None, image_token_id=None, n_image_tokens=0)
+    for row in (1, 2):  # row 2 has an image that it never shows
+        assert positions(blind[row]) == positions(dataset[row])
+        assert blind[row]["pixel_values"] is None
     with pytest.raises(DataError, match="row 0.*no vision tower"):
         blind[0]
 
@@ -170,7 +107,22 @@ def test_errors_leave_a_worker_readable(dataset: ConversationDataset) -> None:
 
 
 def test_modality_lengths_count_words(dataset: ConversationDataset) -> None:
-    assert dataset.modality_lengths()[:3] == [3, -5, 2]
+    assert modality_lengths(dataset.records)[:3] == [3, -5, 2]
+
+
+def encoded(dataset: ConversationDataset, row: int) -> Encoded:
+    record, form = dataset.records[row], dataset.input_format
+    return encode_conversation(record.turns, record.has_image, form.template, form.tokenizer)
+
+
+def with_format(dataset: ConversationDataset, **changes: object) -> ConversationDataset:
+    input_format = dataclasses.replace(dataset.input_format, **changes)
+    return ConversationDataset(dataset.records, dataset.image_folder, input_format)
+
+
+def positions(sample: ModelInput) -> list[tuple[int, int]]:
+    """Its ids and labels, pair by pair."""
+    return list(zip(sample["input_ids"].tolist(), sample["labels"].tolist(), strict=True))
 
 
 def slow_expand(encoded: Encoded, n: int, image_id: int) -> list[tuple[int, int]]:
@@ -203,16 +155,17 @@ def test_expand_image_against_a_loop(ids: list[int], at: int, image: bool, n: in
             assert pairs == expected[:limit]
 
 
-def test_collator_pads_right_and_truncates_after_expansion(dataset: ConversationDataset) -> None:
-    items = [dataset[0], dataset[1]]
-    whole = [len(items[0]["input_ids"]) + 3, len(items[1]["input_ids"])]
+def test_collator_pads_right_what_was_cut_after_expansion(dataset: ConversationDataset) -> None:
+    whole = [len(dataset[row]["input_ids"]) for row in (0, 1)]
+    assert whole[0] == len(encoded(dataset, 0).input_ids) + 3
     limit = max(whole) - 2
-    batch = Collator(9, 500, 4, limit, 14)(items)
+    short = with_format(dataset, model_max_length=limit)
+    batch = Collator(9, 14)([short[0], short[1]])
     lengths = [min(limit, length) for length in whole]
     assert batch["input_ids"].shape == (2, max(lengths)) and lengths[0] != lengths[1]
     assert batch["attention_mask"].sum(1).tolist() == lengths
-    for row, item in enumerate(items):
-        expected = slow_expand(Encoded(item["input_ids"], item["labels"]), 4, 500)[:limit]
+    for row in (0, 1):
+        expected = slow_expand(encoded(dataset, row), 4, 500)[:limit]
         kept = slice(None, lengths[row])
         pairs = zip(
             batch["input_ids"][row][kept].tolist(), batch["labels"][row][kept].tolist(), strict=True
@@ -221,17 +174,17 @@ def test_collator_pads_right_and_truncates_after_expansion(dataset: Conversation
         assert (batch["attention_mask"][row][kept] == 1).all()
         assert (batch["input_ids"][row][lengths[row] :] == 9).all()
         assert (batch["labels"][row][lengths[row] :] == IGNORE_INDEX).all()
-    assert torch.equal(batch["pixel_values"], items[0]["pixel_values"][None])
+    assert torch.equal(batch["pixel_values"], dataset[0]["pixel_values"][None])
     assert "dummy_image" not in batch
     assert (batch["input_ids"] == 500).sum() == 4
 
 
 def test_text_only_batch_carries_a_zero_image(dataset: ConversationDataset) -> None:
-    batch = Collator(0, 500, 4, 2048, 14)([dataset[1], dataset[2]])
+    batch = Collator(0, 14)([dataset[1], dataset[2]])
     assert batch["dummy_image"] is True
     assert batch["pixel_values"].shape == (1, 3, 14, 14) and not batch["pixel_values"].any()
     assert (batch["input_ids"] != 500).all()
-    assert "pixel_values" not in Collator(0, 500, 4, 2048, None)([dataset[1]])
+    assert "pixel_values" not in Collator(0, None)([dataset[1]])
 
 
 # Sampler
@@ -400,10 +353,9 @@ def test_show_prints_ids_and_positions(
     printed = capfd.readouterr()
     lines = [json.loads(line) for line in printed.out.splitlines()]
     assert [(line["row"], line["id"]) for line in lines] == [(0, "é"), (3, 3), (4, None)]
-    item = dataset[0]
-    supervised = (item["labels"] != IGNORE_INDEX).nonzero().flatten().tolist()
-    assert lines[0]["input_ids"] == item["input_ids"].tolist()
-    assert lines[0]["supervised"] == supervised
+    first = encoded(dataset, 0)
+    assert lines[0]["input_ids"] == first.input_ids.tolist()
+    assert lines[0]["supervised"] == (first.labels != IGNORE_INDEX).nonzero().flatten().tolist()
     assert lines[0]["text"].endswith("USER: <image>\nred? ASSISTANT: no</s>")
     errors = printed.err.splitlines()
     assert [e.split(": ")[2] for e in errors] == ["row 1", "row 2", "row 3"], errors

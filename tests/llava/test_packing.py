@@ -9,15 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data import Collator
+from llava.data import Collator, ModelInput, expand_image
 from llava.model.assemble import assemble
 from llava.packing import PackingCollator, fill_rows
-from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.train.trainer import supervised_loss
+from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded
+from llava.train.trainer import token_losses
 
 N_IMAGE, IMAGE_ID, SIZE = 16, 3, 28  # of the tiny parts; id 3 occurs in no text below
 LENGTHS = (9, 30, 5, 14, 22, 11)  # before the image is expanded
 WITH_IMAGE = (0, 2, 3)
+MAX_LENGTH = 44
 
 
 # ---- which samples share a row -------------------------------------------------------------------
@@ -44,66 +45,69 @@ def test_rows_are_few_when_that_saves_padding_and_short_when_not() -> None:
 # ---- batches -------------------------------------------------------------------------------------
 
 
-def make_item(row: int) -> dict[str, torch.Tensor | None]:
+def make_sample(row: int, max_length: int = MAX_LENGTH) -> ModelInput:
     """Random ids that are all supervised, the first one included, with an image at position 3."""
     generator = torch.Generator().manual_seed(row)
     ids = torch.randint(4, 300, (LENGTHS[row],), generator=generator)
-    labels = ids.clone()
-    if row not in WITH_IMAGE:
-        return {"input_ids": ids, "labels": labels, "pixel_values": None}
-    ids[3], labels[3] = IMAGE_TOKEN_INDEX, IGNORE_INDEX
-    pixels = torch.randn(3, SIZE, SIZE, generator=generator)
-    return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
+    labels, pixels = ids.clone(), None
+    if row in WITH_IMAGE:
+        ids[3], labels[3] = IMAGE_TOKEN_INDEX, IGNORE_INDEX
+        pixels = torch.randn(3, SIZE, SIZE, generator=generator)
+    ids, labels = expand_image(Encoded(ids, labels), N_IMAGE, IMAGE_ID, max_length)
+    return ModelInput(input_ids=ids, labels=labels, pixel_values=pixels)
 
 
-ITEMS = [make_item(row) for row in range(len(LENGTHS))]
-PLAIN = Collator(0, IMAGE_ID, N_IMAGE, 44, SIZE)
+SAMPLES = [make_sample(row) for row in range(len(LENGTHS))]
+PLAIN = Collator(0, SIZE)
 
 
-def samples(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
+def samples_of(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
     """Ids and labels of each sample of a packed batch, padding left out, by a loop."""
-    found = []
+    samples = []
     for row, positions in enumerate(batch["position_ids"].tolist()):
         for at, position in enumerate(positions):
             if position == 0:
-                found.append(([], []))
-            assert position == len(found[-1][0]), "positions do not count from the sample's start"
-            for part, name in zip(found[-1], ("input_ids", "labels"), strict=True):
+                samples.append(([], []))
+            assert position == len(samples[-1][0]), "positions do not count from the sample's start"
+            for part, name in zip(samples[-1], ("input_ids", "labels"), strict=True):
                 part.append(int(batch[name][row, at]))
     padding = ([0], [IGNORE_INDEX])
-    n_padding = found.count(padding)
-    size = sum(len(i["input_ids"]) + (N_IMAGE - 1) * (i["pixel_values"] is not None) for i in ITEMS)
+    n_padding = samples.count(padding)
+    size = sum(len(sample["input_ids"]) for sample in SAMPLES)
     assert n_padding == batch["input_ids"].numel() - size
-    return [sample for sample in found if sample != padding]
+    return [sample for sample in samples if sample != padding]
 
 
-@pytest.mark.parametrize("single_row", [False, True])
-def test_rows_hold_whole_samples_and_their_images_in_order(single_row: bool) -> None:
-    batch = PackingCollator(PLAIN, single_row)(ITEMS)
+@pytest.mark.parametrize("row_length", [MAX_LENGTH, None])
+def test_rows_hold_whole_samples_and_their_images_in_order(row_length: int | None) -> None:
+    batch = PackingCollator(PLAIN, row_length)(SAMPLES)
     assert "attention_mask" not in batch and "dummy_image" not in batch
     n_rows, width = batch["input_ids"].shape
-    assert (n_rows == 1) if single_row else (1 < n_rows < len(ITEMS) and width <= 44)
+    if row_length is None:
+        assert n_rows == 1
+    else:
+        assert 1 < n_rows < len(SAMPLES) and width <= MAX_LENGTH
     expected = {}
-    for row, item in enumerate(ITEMS):
-        alone = PLAIN([item])
+    for row, sample in enumerate(SAMPLES):
+        alone = PLAIN([sample])
         labels = [IGNORE_INDEX, *alone["labels"][0, 1:].tolist()]
         expected[row] = (alone["input_ids"][0].tolist(), labels)
-    order = [next(k for k, v in expected.items() if v == s) for s in samples(batch)]
+    order = [next(k for k, v in expected.items() if v == s) for s in samples_of(batch)]
     assert sorted(order) == list(expected)
-    images = [ITEMS[row]["pixel_values"] for row in order if row in WITH_IMAGE]
+    images = [SAMPLES[row]["pixel_values"] for row in order if row in WITH_IMAGE]
     assert torch.equal(batch["pixel_values"], torch.stack(images))
 
 
 def test_samples_are_cut_before_they_are_packed() -> None:
-    short = Collator(0, IMAGE_ID, N_IMAGE, 20, SIZE)
-    batch = PackingCollator(short, single_row=True)(ITEMS)
+    short = [make_sample(row, 20) for row in range(len(LENGTHS))]
+    batch = PackingCollator(PLAIN, row_length=None)(short)
     lengths = [min(20, n + (N_IMAGE - 1) * (i in WITH_IMAGE)) for i, n in enumerate(LENGTHS)]
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     assert starts == [sum(lengths[:i]) for i in range(len(lengths))]
 
 
 def test_text_alone_keeps_the_zero_image() -> None:
-    batch = PackingCollator(PLAIN, single_row=False)([ITEMS[1], ITEMS[4]])
+    batch = PackingCollator(PLAIN, MAX_LENGTH)([SAMPLES[1], SAMPLES[4]])
     assert batch["dummy_image"] and not batch["pixel_values"].any()
 
 
@@ -122,13 +126,13 @@ def loss_and_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     n_tokens = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     model.zero_grad()
-    loss = supervised_loss(model, dict(batch), n_tokens)
+    loss = token_losses(model, dict(batch))[0].sum() / n_tokens
     loss.backward()
     named = model.named_parameters()
     return loss.item(), {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-@pytest.mark.parametrize("single_row", [False, True])
+@pytest.mark.parametrize("row_length", [MAX_LENGTH, None])
 @pytest.mark.parametrize(
     ("attention", "dtype", "tolerance"),
     # Sums over some hundred positions run in another order: some eps of a tensor's largest entry.
@@ -140,21 +144,21 @@ def loss_and_gradients(
     ],
 )
 def test_loss_and_gradients_equal_unpacked(
-    parts: Path, attention: str, single_row: bool, dtype: torch.dtype, tolerance: float
+    parts: Path, attention: str, row_length: int | None, dtype: torch.dtype, tolerance: float
 ) -> None:
     model = make_model(parts, dtype)
     model.set_attn_implementation(attention)
 
     def batch(collate: Collator | PackingCollator) -> dict[str, torch.Tensor]:
-        made = collate(ITEMS)
+        made = collate(SAMPLES)
         return {**made, "pixel_values": made["pixel_values"].to(dtype)}
 
     expected_loss, expected = loss_and_gradients(model, batch(PLAIN))
-    loss, found = loss_and_gradients(model, batch(PackingCollator(PLAIN, single_row)))
+    loss, packed = loss_and_gradients(model, batch(PackingCollator(PLAIN, row_length)))
     assert loss == pytest.approx(expected_loss, rel=1e-6)  # a float32 sum in any case
-    assert found.keys() == expected.keys() and any("projector" in name for name in found)
+    assert packed.keys() == expected.keys() and any("projector" in name for name in packed)
     for name, gradient in expected.items():
-        difference = (found[name] - gradient).abs().max().item()
+        difference = (packed[name] - gradient).abs().max().item()
         assert difference <= tolerance * gradient.abs().max().item(), name
 
 
@@ -162,8 +166,8 @@ def test_no_sample_sees_another(parts: Path) -> None:
     """Each sample's loss alone is its loss in the row; other neighbours change no bit of it."""
     model = make_model(parts)
 
-    def losses(items: list[dict[str, torch.Tensor | None]]) -> list[float]:
-        batch = PackingCollator(PLAIN, single_row=True)(items)
+    def losses(samples: list[ModelInput]) -> list[float]:
+        batch = PackingCollator(PLAIN, row_length=None)(samples)
         labels = batch.pop("labels")[0]
         if batch.pop("dummy_image", False):
             del batch["pixel_values"]
@@ -176,8 +180,8 @@ def test_no_sample_sees_another(parts: Path) -> None:
             for begin, end in zip(starts, starts[1:], strict=False)
         ]
 
-    together = losses(ITEMS)
-    assert together == pytest.approx([losses([item])[0] for item in ITEMS], rel=1e-5)
-    other = [ITEMS[0], {**ITEMS[1], "input_ids": ITEMS[1]["input_ids"].flip(0)}, *ITEMS[2:]]
+    together = losses(SAMPLES)
+    assert together == pytest.approx([losses([sample])[0] for sample in SAMPLES], rel=1e-5)
+    other = [SAMPLES[0], {**SAMPLES[1], "input_ids": SAMPLES[1]["input_ids"].flip(0)}, *SAMPLES[2:]]
     changed = losses(other)
     assert [a == b for a, b in zip(together, changed, strict=True)] == [True, False] + [True] * 4

@@ -14,13 +14,12 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from llava.conversation import get_template
-from llava.data import Collator, ConversationDataset, Item
+from llava.data import Collator, InputFormat, ModelInput, modality_lengths
 from llava.errors import DataError
 from llava.model.checkpoint import Loaded
 from llava.packing import PackingCollator
 from llava.records import Record
-from llava.tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_conversation
+from llava.tokens import IGNORE_INDEX
 from llava.train.arguments import TrainingArguments
 from llava.train.trainer import EpochSampler
 
@@ -29,10 +28,11 @@ PERCENTILES = (50, 90, 99, 100)
 
 @dataclass(frozen=True)
 class Sampled:
-    """Some records as model input. Lengths are positions with the image expanded."""
+    """Some records as model input without pixels. Lengths are positions, an image's included."""
 
     records: list[Record]
-    items: list[Item]
+    samples: list[ModelInput]
+    show_image: list[bool]
     lengths: list[int]
     """After the cut at the model's maximum length."""
     uncut: list[int]
@@ -85,44 +85,25 @@ def draw(records: Sequence[Record], loaded: Loaded, n_samples: int, seed: int) -
     """
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     rows = sorted(order[:n_samples])
-    template, collator = get_template(loaded.template_name), text_collator(loaded)
-    sampled = Sampled([records[row] for row in rows], [], [], [], [])
+    input_format = InputFormat.of(loaded)
+    sampled = Sampled([records[row] for row in rows], [], [], [], [], [])
     for row, record in zip(rows, sampled.records, strict=True):
         try:
-            encoded = encode_conversation(
-                record.turns, record.has_image, template, loaded.tokenizer
-            )
-            item = {**encoded._asdict(), "pixel_values": None}
-            cut = collator.expand(item)
+            ids, labels, shows_image, n_whole = input_format.encode(record.turns, record.has_image)
         except DataError as error:
             raise DataError(f"row {row}: {error}") from error
-        sampled.items.append(item)
-        sampled.lengths.append(len(cut.input_ids))
-        image = collator.n_image_tokens - 1 if _shows_image(item) else 0
-        sampled.uncut.append(len(encoded.input_ids) + image)
-        sampled.supervised.append(int((cut.labels != IGNORE_INDEX).sum()))
+        sampled.samples.append(ModelInput(input_ids=ids, labels=labels, pixel_values=None))
+        sampled.show_image.append(shows_image)
+        sampled.lengths.append(len(ids))
+        sampled.uncut.append(n_whole)
+        sampled.supervised.append(int((labels != IGNORE_INDEX).sum()))
     return sampled
-
-
-def _shows_image(item: Item) -> bool:
-    return bool((item["input_ids"] == IMAGE_TOKEN_INDEX).any())
-
-
-def text_collator(loaded: Loaded) -> Collator:
-    """The run's collator without its pictures."""
-    return Collator(
-        pad_id=loaded.tokenizer.pad_id,
-        image_token_id=loaded.image_token_id,
-        n_image_tokens=loaded.n_image_tokens,
-        model_max_length=loaded.model_max_length,
-        image_size=None,
-    )
 
 
 def make_batches(
     order: Sequence[int],
     sampled: Sampled,
-    collate: Callable[[Sequence[Item]], dict[str, torch.Tensor]],
+    collate: Callable[[Sequence[ModelInput]], dict[str, torch.Tensor]],
     batch_size: int,
     world_size: int,
 ) -> list[Batch]:
@@ -135,8 +116,8 @@ def make_batches(
 
 
 def _measure(rows: Sequence[int], sampled: Sampled, collate: Callable) -> Batch:
-    items = [sampled.items[row] for row in rows]
-    ids, labels = (collate(items)[key] for key in ("input_ids", "labels"))
+    batch = collate([sampled.samples[row] for row in rows])
+    ids, labels = batch["input_ids"], batch["labels"]
     supervised = labels[:, 1:] != IGNORE_INDEX
     return Batch(
         n_rows=ids.shape[0],
@@ -145,7 +126,7 @@ def _measure(rows: Sequence[int], sampled: Sampled, collate: Callable) -> Batch:
         n_tokens=sum(sampled.lengths[row] for row in rows),
         n_supervised=int(supervised.sum()),
         n_logits=int(supervised.any(dim=0).sum()),
-        n_images=sum(_shows_image(item) for item in items),
+        n_images=sum(sampled.show_image[row] for row in rows),
     )
 
 
@@ -155,13 +136,9 @@ def padding_share(batches: Sequence[Batch]) -> float:
     return 1 - sum(batch.n_tokens for batch in batches) / positions
 
 
-def grouped_order(
-    sampled: Sampled, loaded: Loaded, flags: TrainingArguments, world_size: int
-) -> list[int]:
+def grouped_order(sampled: Sampled, flags: TrainingArguments, world_size: int) -> list[int]:
     """The first epoch's order with --group_by_modality_length."""
-    template = get_template(loaded.template_name)
-    dataset = ConversationDataset(sampled.records, ".", template, loaded.tokenizer, None)
-    words = dataset.modality_lengths()
+    words = modality_lengths(sampled.records)
     if not flags.group_by_modality_length:
         words = [n or 1 for n in words]  # the sampler refuses 0, but it is not this run's
     sampler = EpochSampler(
@@ -178,23 +155,25 @@ def grouped_order(
 def random_order(sampled: Sampled, seed: int) -> list[int]:
     """Any shuffled order: the padding of one is that of another, up to chance."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(len(sampled.items), generator=generator).tolist()
+    return torch.randperm(len(sampled.samples), generator=generator).tolist()
 
 
 def simulate(
     sampled: Sampled, loaded: Loaded, flags: TrainingArguments, world_size: int, packs_one_row: bool
 ) -> tuple[list[Batch], float, float]:
     """The batches of this run's flags, and the padding shares of both orders without packing."""
-    plain = text_collator(loaded)
+    plain = Collator(loaded.tokenizer.pad_id, image_size=None)
     size = flags.per_device_train_batch_size
-    grouped = grouped_order(sampled, loaded, flags, world_size)
+    grouped = grouped_order(sampled, flags, world_size)
     shuffled = random_order(sampled, flags.seed)
     in_both = [make_batches(o, sampled, plain, size, world_size) for o in (grouped, shuffled)]
     shares = [padding_share(batches) for batches in in_both]
     order = grouped if flags.group_by_modality_length else shuffled
     if flags.train_sampling_strategy == "sequential":
-        order = list(range(len(sampled.items)))
-    collate = PackingCollator(plain, single_row=packs_one_row) if flags.packing else plain
+        order = list(range(len(sampled.samples)))
+    collate = plain
+    if flags.packing:
+        collate = PackingCollator(plain, None if packs_one_row else loaded.model_max_length)
     return make_batches(order, sampled, collate, size, world_size), *shares
 
 

@@ -115,41 +115,50 @@ def take(argv: list[str]) -> tuple[list[str], PlanFlags | None]:
     parser.add_argument("--plan_samples", type=int, default=2000)
     parser.add_argument("--deepspeed")
     parser.add_argument("--json", action="store_true")
-    own, rest = parser.parse_known_args(argv)
+    options, rest = parser.parse_known_args(argv)
     launcher = {name: os.environ.pop(name, None) for name in _LAUNCHER}
     if launcher["RANK"] not in (None, "0"):
         sys.exit(0)
-    world_size = int(launcher["WORLD_SIZE"] or 1) if own.world_size is None else own.world_size
-    _check(own, world_size)
-    devices = tuple(find_device(name) for name in own.gpu or ()) or DEVICES
+    world_size = (
+        int(launcher["WORLD_SIZE"] or 1) if options.world_size is None else options.world_size
+    )
+    _check(options, world_size)
+    devices = tuple(find_device(name) for name in options.gpu or ()) or DEVICES
     flags = PlanFlags(
-        world_size, devices, own.utilisation, own.plan_samples, own.deepspeed, own.json
+        world_size,
+        devices,
+        options.utilisation,
+        options.plan_samples,
+        options.deepspeed,
+        options.json,
     )
     return [*rest, "--use_cpu", "True"], flags
 
 
-def _check(own: argparse.Namespace, world_size: int) -> None:
+def _check(options: argparse.Namespace, world_size: int) -> None:
     if world_size < 1:
         raise UsageError(f"--world_size {world_size}: must be at least 1")
-    if not 0 < own.utilisation <= 1:
-        raise UsageError(f"--utilisation {own.utilisation}: is a share, above 0 and at most 1")
-    if own.plan_samples < 2:
-        raise UsageError(f"--plan_samples {own.plan_samples}: must be at least 2")
+    if not 0 < options.utilisation <= 1:
+        raise UsageError(f"--utilisation {options.utilisation}: is a share, above 0 and at most 1")
+    if options.plan_samples < 2:
+        raise UsageError(f"--plan_samples {options.plan_samples}: must be at least 2")
 
 
-def make_setup(arguments: Arguments, own: PlanFlags, hidden_size: int) -> Setup:
+def make_setup(arguments: Arguments, options: PlanFlags, hidden_size: int) -> Setup:
     """What decides the memory; UsageError on a DeepSpeed file that training would refuse."""
     flags = arguments.training
     settings: dict[str, Any] = {}
-    if own.deepspeed:
-        settings = zero.check(Path(own.deepspeed), flags, own.world_size)["zero_optimization"]
+    if options.deepspeed:
+        settings = zero.check(Path(options.deepspeed), flags, options.world_size)[
+            "zero_optimization"
+        ]
         if flags.bits != 16 and settings["stage"] == 3:
             raise UsageError(
                 f"--bits {flags.bits}: ZeRO-3 cannot split quantised weights; use --deepspeed "
                 "scripts/zero2.json"
             )
     return Setup(
-        world_size=own.world_size,
+        world_size=options.world_size,
         batch_size=flags.per_device_train_batch_size,
         accumulation=flags.gradient_accumulation_steps,
         compute_bytes=flags.compute_dtype.itemsize,
@@ -241,7 +250,7 @@ def stage_of(arguments: Arguments, sees: bool) -> str:
     return "projector only" if arguments.model.tune_mm_mlp_adapter else "full fine-tuning"
 
 
-def make_plan(arguments: Arguments, own: PlanFlags) -> Plan:
+def make_plan(arguments: Arguments, options: PlanFlags) -> Plan:
     """Everything that `print_plan` prints.
 
     Raises UsageError or DataError with what training would refuse at its start.
@@ -249,10 +258,10 @@ def make_plan(arguments: Arguments, own: PlanFlags) -> Plan:
     flags = arguments.training
     loaded = load_outline(arguments)
     model = outline(arguments, loaded)
-    setup = make_setup(arguments, own, model.hidden)
+    setup = make_setup(arguments, options, model.hidden)
     records = _records(arguments, loaded)
     steps = count_steps(records, setup, flags)
-    batches, lengths = _batches(records, loaded, arguments, own)
+    batches, lengths = _batches(records, loaded, arguments, options)
     largest = max(batches, key=lambda batch: memory(model, setup, batch).peak)
     scale = steps.n_samples * steps.epochs / sum(batch.n_samples for batch in batches)
     flops = add([count(model, batch, setup.checkpointing) for batch in batches], scale)
@@ -268,15 +277,15 @@ def make_plan(arguments: Arguments, own: PlanFlags) -> Plan:
         largest=largest,
         memory=memory(model, setup, largest),
         flops=flops,
-        fits=[fit(model, setup, largest, worst, device) for device in own.devices],
+        fits=[fit(model, setup, largest, worst, device) for device in options.devices],
         hours={
             device.name: hours(
-                flops.total, device, own.world_size, setup.compute_bytes, own.utilisation
+                flops.total, device, options.world_size, setup.compute_bytes, options.utilisation
             )
-            for device in own.devices
+            for device in options.devices
         },
         disk=disk(model, setup, whole, flags.lora_enable, count_checkpoints(steps, flags)),
-        notes=_notes(arguments, own, steps, lengths, len(batches), loaded.model_max_length),
+        notes=_notes(arguments, options, steps, lengths, len(batches), loaded.model_max_length),
     )
 
 
@@ -289,12 +298,12 @@ def _records(arguments: Arguments, loaded: Loaded) -> list[Record]:
 
 
 def _batches(
-    records: list[Record], loaded: Loaded, arguments: Arguments, own: PlanFlags
+    records: list[Record], loaded: Loaded, arguments: Arguments, options: PlanFlags
 ) -> tuple[list[Batch], Lengths]:
     flags = arguments.training
-    sampled = draw(records, loaded, own.n_samples, flags.seed)
+    sampled = draw(records, loaded, options.n_samples, flags.seed)
     flash = arguments.model.attn_implementation == "flash_attention_2"
-    batches, grouped, shuffled = simulate(sampled, loaded, flags, own.world_size, flash)
+    batches, grouped, shuffled = simulate(sampled, loaded, flags, options.world_size, flash)
     return batches, summarise(sampled, len(records), batches, grouped, shuffled)
 
 
@@ -314,7 +323,7 @@ def _longest(loaded: Loaded, setup: Setup) -> Batch:
 
 def _notes(
     arguments: Arguments,
-    own: PlanFlags,
+    options: PlanFlags,
     steps: Steps,
     lengths: Lengths,
     n_batches: int,
@@ -337,7 +346,7 @@ def _notes(
         ),
         "gpus": (
             "usable leaves 6 % and 1 GiB to the allocator, CUDA and NCCL; hours at "
-            f"{own.utilisation:.0%} of the data sheet's dense peak (--utilisation)"
+            f"{options.utilisation:.0%} of the data sheet's dense peak (--utilisation)"
         ),
         "flops": "matrix products, forward and backward, padding included; a multiply-add is two",
         "disk": "weights and optimizer only; one checkpoint more while the oldest is replaced",
@@ -352,6 +361,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     values["memory"]["peak"] = plan.memory.peak
     values["flops"]["total"] = plan.flops.total
     values["disk"].update(checkpoint=plan.disk.checkpoint, total=plan.disk.total)
-    for entry, found in zip(values["fits"], plan.fits, strict=True):
-        entry["fits"] = found.fits
+    for entry, fit_of_device in zip(values["fits"], plan.fits, strict=True):
+        entry["fits"] = fit_of_device.fits
     return values

@@ -45,11 +45,11 @@ def test_rows_are_what_the_attention_takes(run):
     """Not installed here, flash attention is known by its name alone."""
     arguments = parse(run.flags("out", packing=True))
     trainer, _ = entry.make_trainer(arguments, {})
-    assert not trainer.data_collator.collator.single_row
     loaded = load_model(arguments)
+    assert trainer.data_collator.collator.row_length == loaded.model_max_length
     assert isinstance(entry.make_collator(loaded), Collator)
     loaded.model.get_decoder().config._attn_implementation = "flash_attention_2"
-    assert entry.make_collator(loaded, packing=True).single_row
+    assert entry.make_collator(loaded, packing=True).row_length is None
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from llava.train import trainer as trainer_module
 from llava.train.arguments import parse
 from llava.train.rows import NumberedCollator
 from llava.train.stages import load_model, prepare
-from llava.train.trainer import EpochOrder, EpochSampler, LlavaTrainer, supervised_loss
+from llava.train.trainer import EpochOrder, EpochSampler, LlavaTrainer, token_losses
 
 TEXT_ONLY = {"vision_tower": None, "image_folder": None}
 
@@ -73,7 +73,7 @@ def test_loss_is_the_mean_over_supervised_tokens(make):
                 expected = expected + F.cross_entropy(logits[position], target)
                 count += 1
     assert count == int((batch["labels"] != -100).sum())
-    loss = supervised_loss(model, batch, count)
+    loss = token_losses(model, batch)[0].sum() / count
     assert loss.item() == pytest.approx(expected.item() / count, rel=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_text_only_batch_runs_tower_and_projector_and_changes_no_gradient(make):
     with_dummy = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     plain = {k: batch[k] for k in ("input_ids", "labels", "attention_mask")}
-    supervised_loss(model, plain, count).backward()
+    (token_losses(model, plain)[0].sum() / count).backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert torch.equal(parameter.grad, with_dummy[name]), name
@@ -238,7 +238,7 @@ def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(make, square
             batch = collate([dataset[row]])
             labels = batch.pop("labels")[0, 1:]
             batch.pop("dummy_image", None)
-            if not (batch["input_ids"] == collate.image_token_id).any():
+            if not (batch["input_ids"] == model.config.image_token_id).any():
                 del batch["pixel_values"]
             logits = model.eval()(**batch).logits[0, :-1]
             total += F.cross_entropy(logits, labels, reduction="sum").item()
