@@ -88,6 +88,8 @@ class Recipe:
     """the training program, started as `python -m`"""
     report_to: str
     about: str = ""
+    scaled: bool = False
+    """whether its sizes are another world's than LLaVA's, so that no paper's rates fit it"""
 
     @classmethod
     def read(cls, name: str, environ: Mapping[str, str] = os.environ) -> Recipe:

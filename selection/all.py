@@ -34,13 +34,15 @@ if TYPE_CHECKING:
     from llava.vlm.base import Vlm
 
 
-def training(settings: AllSettings) -> tuple[Training, ...]:
-    """What is trained first where no model is named: one proxy that serves every method, and the
-    holdout model of RHO-LOSS."""
-    proxy = WarmUp(moments=True)
+def training(proxy: ProxySettings, settings: AllSettings) -> tuple[Training, ...]:
+    """What is trained first where no proxy is named: one that serves every method, and the holdout
+    model of RHO-LOSS."""
+    if proxy.model:
+        return ()
+    serves_all = WarmUp(moments=True)
     if settings.holdout_model:
-        return (proxy,)
-    return proxy, WarmUp(seed=1, fills="holdout_model", base_fills="holdout_base")
+        return (serves_all,)
+    return serves_all, WarmUp(seed=1, fills="holdout_model", base_fills="holdout_base")
 
 
 def select_all(

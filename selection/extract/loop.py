@@ -14,6 +14,7 @@ import functools
 import gc
 import itertools
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llava import ranks
+from llava import children, ranks
 from llava.errors import DataError, UsageError, UserError
 from llava.images import open_image
 from llava.progress import Progress
@@ -333,8 +334,16 @@ def load(
     """Prepared samples in the order of `rows`; loader processes stay `ahead` samples ahead."""
     if num_workers == 0:
         return (samples[row] for row in rows)
-    # File descriptors, the default way to share tensors, run out with a block in flight.
+    # File descriptors, the default way to share tensors, run out with a block in flight. Files in
+    # /dev/shm are deleted by a process that PyTorch starts in each loader, once nobody has them
+    # open: in a session of its own it outlives whatever kills this process and its group.
     torch.multiprocessing.set_sharing_strategy("file_system")
+    parent = os.getpid()
+
+    def begin(worker: int) -> None:
+        children.end_with(parent)
+        os.setsid()
+
     return iter(
         DataLoader(
             samples,
@@ -343,6 +352,7 @@ def load(
             num_workers=num_workers,
             prefetch_factor=math.ceil(ahead / num_workers),
             collate_fn=_as_is,
+            worker_init_fn=begin,
             multiprocessing_context="fork",  # the model is shared with the loaders, not copied
             generator=torch.Generator(),
         )

@@ -75,7 +75,8 @@ class CoTrain:
     `module` is started as the training program on the prepared subset, with `prepared_flag` and
     the folder of that run among its `flags`; `preparing` are the settings of that run, whose
     `budget` is one. `paper_flags` and `paper_batch` hold where the recipe has the paper's sizes.
-    `fills` is the setting that names `result`, a file of the training's folder.
+    `fills` is the setting that names `result`, a file of the training's folder. Settings `apart` do
+    not shape it.
     """
 
     module: str
@@ -86,6 +87,7 @@ class CoTrain:
     flags: Mapping[str, Any] = field(default_factory=dict)
     paper_flags: Mapping[str, Any] = field(default_factory=dict)
     paper_batch: int | None = None
+    apart: frozenset[str] = frozenset()
     instead_of_model: ClassVar[bool] = True
 
 

@@ -38,7 +38,7 @@ from selection.rules.budget import budget_size
 from selection.signals.clip import Clip
 from selection.signals.forward import Forward
 from selection.signals.image_reward import ImageReward
-from selection.signals.judge.settings import JudgeSettings
+from selection.signals.judge.settings import NOT_DECIDING, JudgeSettings
 from selection.vectors import stream as vectors
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ scorers = Lazy("selection.methods.coido.scorer")
 trajectories = Lazy("selection.methods.coido.trajectory")
 
 
+APART = frozenset({"share", "scorer", "trajectory", "prepare", "scorer_batch", *NOT_DECIDING})
+"""Settings that do not shape a co-trained scorer; the share does, as the number of samples."""
 CHUNK = 1024  # rows that are scored together
 _HOME = {"clip_score": "clip", "image_reward": "image_reward", "llm_score": "judge"}
 
@@ -102,6 +104,7 @@ class Coido(Method):
                 flags={"num_train_epochs": settings.epochs},
                 paper_flags={"learning_rate": 2e-5},
                 paper_batch=64,
+                apart=APART,
             ),
         )
 

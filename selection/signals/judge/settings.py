@@ -7,6 +7,11 @@ from typing import Literal
 
 from llava.errors import UsageError
 
+NOT_DECIDING = frozenset(
+    "judge_key_variable judge_concurrency judge_timeout judge_attempts judge_prices "
+    "judge_max_requests judge_max_cost judge_again".split()
+)
+"""Fields that leave the marks as they are."""
 Again = Literal["nothing", "doubtful", "failed"]
 
 
