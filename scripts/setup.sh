@@ -3,11 +3,11 @@
 #   default        .venv in the clone, made from constraints.txt (about a minute with a good connection)
 #   PYTHON=...     use this interpreter and install into its environment only what is missing
 #   TORCH=...      another torch, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"
-# Source it: it exports PYTHON.
+# Source it with the extras of pyproject.toml that are needed beside the core, `core` for none: it exports PYTHON.
+# Launchers source the core; mini/launch.py, which knows what a command needs, has the rest installed.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-stamp_of() { cat "$root/constraints.txt" "$root/pyproject.toml" | sha256sum | cut -c1-16; }
 
 find_python() {
   local candidate
@@ -36,17 +36,27 @@ else
   PYTHON=$(command -v "$PYTHON" || { echo "setup: PYTHON=$PYTHON is not an interpreter" >&2; exit 2; })
 fi
 export PYTHON
-stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/.robust-selection-setup
+prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
 
-if [ "$(cat "$stamp" 2>/dev/null)" != "$(stamp_of)" ]; then
-  echo "setup: installing the pinned packages into $("$PYTHON" -c 'import sys; print(sys.prefix)')" >&2
-  constraints="$root/constraints.txt"
-  if [ -n "${TORCH:-}" ]; then
-    constraints=$(mktemp)
-    grep -v '^torch==' "$root/constraints.txt" >"$constraints"
+# The stamp has a line for everything that was installed from these very files.
+stamp=$prefix/.robust-selection-setup
+made=$(cat "$root/constraints.txt" "$root/pyproject.toml" | sha256sum | cut -c1-16)
+missing=()
+for extra in core "$@"; do
+  grep -qsx "$made $extra" "$stamp" || [[ " ${missing[*]} " = *" $extra "* ]] || missing+=("$extra")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  echo "setup: installing the pinned packages into $prefix: ${missing[*]}" >&2
+  # A torch that is there stays, unless it is too old: TORCH may have chosen it in an earlier call.
+  constraints=$(mktemp)
+  grep -v '^torch==' "$root/constraints.txt" >"$constraints"
+  if [ "${missing[0]}" = core ]; then
+    # shellcheck disable=SC2086  # TORCH may carry pip options
+    "$PYTHON" -m pip install -qq --disable-pip-version-check ${TORCH:-$(grep '^torch==' "$root/constraints.txt")} >&2
   fi
-  # shellcheck disable=SC2086  # TORCH may carry pip options
-  "$PYTHON" -m pip install -qq --disable-pip-version-check ${TORCH:-$(grep '^torch==' "$root/constraints.txt")} >&2
-  "$PYTHON" -m pip install -qq --disable-pip-version-check -c "$constraints" -e "${root}[dev,train,judge,spectral]" >&2
-  stamp_of >"$stamp" 2>/dev/null || true
+  extras=$(IFS=,; echo "${missing[*]}")
+  extras=${extras#core} extras=${extras#,}
+  "$PYTHON" -m pip install -qq --disable-pip-version-check -c "$constraints" -e "${root}[$extras]" >&2
+  rm "$constraints"
+  for extra in "${missing[@]}"; do echo "$made $extra"; done >>"$stamp" 2>/dev/null || true
 fi
