@@ -6,7 +6,6 @@ there holds what a recipe has unless it says otherwise. `--help` explains the en
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import sys
@@ -109,7 +108,7 @@ class Recipe:
                 settings[key] = value
             elif key in settings:
                 settings[key] = settings[key].replace("{size}", size)
-        unknown = settings.keys() - {field.name for field in dataclasses.fields(cls)}
+        unknown = settings.keys() - {*_VARIABLES, "flags", "about"}
         missing = {"model", "output"} - settings.keys()
         if unknown or missing:
             raise UsageError(f"{path}: {_wrong_key(unknown, missing)}")

@@ -242,9 +242,9 @@ def run(tmp_path):
     return run
 
 
-def test_processes_are_started_with_the_flags_and_end_the_program(run, tmp_path):
-    done = run("finetune", "--learning_rate", "1e-6", NPROC="2", CODE="65")
-    assert done.returncode == 65, done.stderr
+def test_processes_are_started_with_the_flags(run, tmp_path):
+    done = run("finetune", "--learning_rate", "1e-6", NPROC="2")
+    assert done.returncode == 0, done.stderr
     for rank in "01":
         words, environment = json.loads((tmp_path / f"told{rank}").read_text())
         expected = Recipe.read("finetune", {"DATA": str(tmp_path / "data.json")})
@@ -256,6 +256,11 @@ def test_processes_are_started_with_the_flags_and_end_the_program(run, tmp_path)
         }
     assert "finetune: 2 processes x 16 samples x 4 accumulated = 128 samples a step" in done.stderr
     assert "finetune: trains lmsys/vicuna-13b-v1.5 on " in done.stderr
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_the_exit_code_is_that_of_the_training(run, processes):
+    assert run("finetune", NPROC=processes, CODE="65").returncode == 65
 
 
 def test_nodes_share_the_global_batch(run):

@@ -272,7 +272,7 @@ def test_own_models_are_trained_by_the_lora_recipe_of_the_pool():
     """The small world's base on its pool; another pool, or MODEL, has the paper's recipe."""
     small = launch.selecting(["icons"], {}).recipe
     assert (small.model, small.global_batch) == ("mini/base/llama", 16)
-    assert small.flags["lora_r"] == "16"
+    assert small.flags["lora_r"] == "16" and small.scaled
     for flags, environment, model in (
         (["icons", "--pool", "p"], {}, "lmsys/vicuna-7b-v1.5"),
         (["icons", "--pool", "p"], {"SIZE": "13b"}, "lmsys/vicuna-13b-v1.5"),
@@ -280,7 +280,7 @@ def test_own_models_are_trained_by_the_lora_recipe_of_the_pool():
     ):
         recipe = launch.selecting(flags, environment).recipe
         assert (recipe.model, recipe.global_batch) == (model, 128)
-        assert recipe.flags["lora_r"] == "128"
+        assert recipe.flags["lora_r"] == "128" and not recipe.scaled
 
 
 @pytest.mark.parametrize(
