@@ -68,11 +68,11 @@ def main(args: Sequence[str]) -> None:
     rows = np.loadtxt(run / "subset_rows.txt", dtype=np.int64, ndmin=1)
     drawn = random_rows(pool, len(rows), settings.seed)
     print_report(oracle_shares(pool, rows, drawn), len(pool), rows, drawn)
-    mine = read_run(run)
+    chosen = read_run(run)
     chance = replace(
-        mine, name="random draw", rows=drawn, scores=_keys(pool, settings.seed), specialists={}
+        chosen, name="random draw", rows=drawn, scores=_keys(pool, settings.seed), specialists={}
     )
-    runs = [mine, *_comparable(run, mine), chance]
+    runs = [chosen, *_comparable(run, chosen), chance]
     compare_runs({one.name: one for one in runs}, run / "report", {})
 
 
@@ -85,7 +85,7 @@ def newest_run(outputs: Path) -> Path:
     return outputs / newest.relative_to(outputs).parts[0]
 
 
-def _comparable(run: Path, mine: Chosen) -> Iterator[Chosen]:
+def _comparable(run: Path, chosen: Chosen) -> Iterator[Chosen]:
     """Other runs beside `run` that chose as many samples of the same pool."""
     for manifest in sorted(run.parent.glob("*/manifest.json")):
         if manifest.parent.name != run.name:
@@ -93,7 +93,7 @@ def _comparable(run: Path, mine: Chosen) -> Iterator[Chosen]:
                 other = read_run(manifest.parent)
             except UsageError:
                 continue  # of an older version, or damaged
-            if other.pool == mine.pool and len(other.rows) == len(mine.rows):
+            if other.pool == chosen.pool and len(other.rows) == len(chosen.rows):
                 yield replace(other, specialists={})
 
 
@@ -151,10 +151,10 @@ def print_comparison(runs: Sequence[Path]) -> None:
     first = _manifest(runs[0])["pool"]
     pool = Pool.open(first["path"], limit=first["n"])
     subsets = [np.loadtxt(run / "subset_rows.txt", dtype=np.int64, ndmin=1) for run in runs]
-    found = [oracle_shares(pool, rows, rows) for rows in subsets]
-    headings = ("method", *(share.label.strip() for share in found[0]))
-    lines = [("pool", *(f"{share.pool / len(pool):.1%}" for share in found[0]))]
-    for run, rows, shares in zip(runs, subsets, found, strict=True):
+    shares_by_run = [oracle_shares(pool, rows, rows) for rows in subsets]
+    headings = ("method", *(share.label.strip() for share in shares_by_run[0]))
+    lines = [("pool", *(f"{share.pool / len(pool):.1%}" for share in shares_by_run[0]))]
+    for run, rows, shares in zip(runs, subsets, shares_by_run, strict=True):
         lines.append((run.name, *(f"{share.subset / len(rows):.1%}" for share in shares)))
     print_table("oracle labels", headings, lines)
 

@@ -64,9 +64,9 @@ def main(args: Sequence[str]) -> None:
     settings = WarmupSettings(**parser.parse_args(list(args)).as_dict())
     done, made_from = Path(settings.out) / "warmup.json", identity(settings)
     if done.is_file():
-        found = json.loads(done.read_text(encoding="utf-8"))
-        if found["made_from"] == made_from:
-            print(f"{settings.out}: already warmed up\n{found['report']}")
+        former = json.loads(done.read_text(encoding="utf-8"))
+        if former["made_from"] == made_from:
+            print(f"{settings.out}: already warmed up\n{former['report']}")
             return
         shutil.rmtree(settings.out)
     started = time.monotonic()
