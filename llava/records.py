@@ -66,18 +66,24 @@ _DECODER = msgspec.json.Decoder(Record)
 def decode_record(raw: bytes, where: str) -> Record:
     """Read and check one record; DataError beginning with `where` (file and row) if it is bad."""
     try:
-        record = _DECODER.decode(raw)
-        check_turns(record.turns)
+        return parse_record(raw)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
+
+
+def parse_record(raw: bytes) -> Record:
+    """`decode_record` for those who know the row; DataError with the reason alone."""
+    try:
+        record = _DECODER.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         remedy = 'a record is {"id", "image" (optional), "conversations": [{"from", "value"}, ...]}'
         if str(error).endswith("`$.image`"):
             remedy = "image is one relative path, or the key is left out"
-        raise DataError(f"{where}: {error}; {remedy}") from error
+        raise DataError(f"{error}; {remedy}") from error
+    check_turns(record.turns)
     length = sum(len(turn.value) for turn in record.conversations)
     if length > MAX_CHARACTERS:
-        raise DataError(f"{where}: {length} characters, more than {MAX_CHARACTERS}; split it")
+        raise DataError(f"{length} characters, more than {MAX_CHARACTERS}; split it")
     return record
 
 

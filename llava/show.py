@@ -15,7 +15,7 @@ from rich.text import Text
 from llava.conversation import IMAGE_TOKEN, Segment, get_template, render
 from llava.errors import DataError, UsageError
 from llava.images import BadImage, open_image
-from llava.records import Record, decode_record, raw_records
+from llava.records import Record, parse_record, raw_records
 from llava.tokens import IGNORE_INDEX, Encoded, load_tokenizer, tokenize
 
 
@@ -30,30 +30,18 @@ def show(arguments: argparse.Namespace) -> int:
     worst = 0
     raws = raw_records(arguments.data, key="conversations")
     for row, raw in enumerate(itertools.islice(raws, arguments.limit)):
-        where = f"{arguments.data}: row {row}"
+        # A bad record or picture is a line among the others: the file is read to its end.
         try:
-            record = decode_record(raw, where)
-        except DataError as error:
-            worst = max(worst, _report(error))
-            continue
-        try:
+            record = parse_record(raw)
             segments = render(template, record.turns, record.has_image)
             encoded = tokenize(segments, tokenizer, int(record.has_image))
-        except DataError as error:
-            worst = max(worst, _report(DataError(f"{where}: {error}")))
-            continue
-        (_print_json if arguments.json else _print_view)(row, record, segments, encoded)
-        if arguments.images is not None and record.image is not None:
-            try:
+            (_print_json if arguments.json else _print_view)(row, record, segments, encoded)
+            if arguments.images is not None and record.image is not None:
                 open_image(arguments.images, record.image, extra_roots=arguments.extra_roots)
-            except BadImage as error:
-                worst = max(worst, _report(BadImage(f"{where}: {error}", refused=error.refused)))
+        except (DataError, BadImage) as error:
+            print(f"error: {arguments.data}: row {row}: {error}", file=sys.stderr)
+            worst = max(worst, error.exit_code)
     return worst
-
-
-def _report(error: DataError | BadImage) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return error.exit_code
 
 
 def _print_json(row: int, record: Record, segments: list[Segment], encoded: Encoded) -> None:

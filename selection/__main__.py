@@ -52,9 +52,9 @@ def run_check(argv: list[str]) -> None:
 
     about = "Check the records, paths, image headers and, with --tokenizer, labels of a pool."
     where, settings = parse_plain("check", about, argv, PoolSettings, CheckSettings)
-    pool = Pool.open(where.pool, where.limit)
+    pool = Pool.open(where.pool, where.limit, where.images, where.image_roots)
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
-    defects = check_pool(pool, where, settings, tokenizer)
+    defects = check_pool(pool, settings, tokenizer)
     if settings.report:
         write_report(settings.report, defects)
     print_defects(pool, defects)

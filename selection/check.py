@@ -10,7 +10,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -20,7 +19,6 @@ from llava.conversation import get_template
 from llava.errors import DataError, UsageError, UserError
 from llava.lazy import Lazy
 from selection.pool.pool import Pool
-from selection.settings import PoolSettings
 
 if TYPE_CHECKING:
     from llava.data import InputFormat
@@ -69,10 +67,8 @@ class Defect:
     reason: str
 
 
-def check_pool(
-    pool: Pool, where: PoolSettings, settings: CheckSettings, tokenizer: Tokenizer | None
-) -> list[Defect]:
-    """All defects of `pool`, by row. Without `where.images` a record with an image is a defect."""
+def check_pool(pool: Pool, settings: CheckSettings, tokenizer: Tokenizer | None) -> list[Defect]:
+    """All defects of `pool`, by row. Without `pool.images` a record with an image is a defect."""
     input_format = None
     if tokenizer is not None:
         # The image token's id does not matter here: only which positions are left, and supervised.
@@ -84,7 +80,7 @@ def check_pool(
             n_image_tokens=settings.image_tokens,
             model_max_length=settings.model_max_length,
         )
-    check = functools.partial(_check_row, pool, where, settings.decode, input_format)
+    check = functools.partial(_check_row, pool, settings.decode, input_format)
     defects = []
     with (
         concurrent.futures.ThreadPoolExecutor(settings.workers) as threads,
@@ -118,7 +114,7 @@ def print_defects(pool: Pool, defects: list[Defect], most: int = 20) -> None:
 
 
 def _check_row(
-    pool: Pool, where: PoolSettings, decode: bool, input_format: InputFormat | None, row: int
+    pool: Pool, decode: bool, input_format: InputFormat | None, row: int
 ) -> Defect | None:
     """What is wrong with a row, or None: its record, else its image, else its labels."""
     if row in pool.bad:
@@ -127,7 +123,10 @@ def _check_row(
     try:
         kind = "image"
         if record.image is not None:
-            _check_image(where, record.image, decode)
+            if pool.images is None:
+                raise UsageError("has an image, and no --images folder is given")
+            look = images.open_image if decode else images.check_image
+            look(pool.images, record.image, extra_roots=pool.image_roots)
         kind = "labels"
         if input_format is not None:
             labels = input_format.encode(record.turns, record.has_image).labels
@@ -137,10 +136,3 @@ def _check_row(
     except UserError as error:
         return Defect(row, pool.uid(row), record.id, kind, str(error))
     return None
-
-
-def _check_image(where: PoolSettings, ref: str, decode: bool) -> None:
-    if where.images is None:
-        raise UsageError("has an image, and no --images folder is given")
-    look = images.open_image if decode else images.check_image
-    look(where.images, ref, extra_roots=[Path(root) for root in where.image_roots])

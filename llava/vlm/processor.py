@@ -85,8 +85,7 @@ class ProcessorVlm(Vlm):
         }
 
     def prepare(self, record: Record, image: Image | None) -> Prepared:
-        turns = [(turn.from_, turn.value) for turn in record.conversations]
-        messages, has_image = self._messages(check_turns(turns), image is not None)
+        messages, has_image = self._messages(check_turns(record.turns), image is not None)
         text, spans = render(self.processor, messages)
         item = self._inputs(text, [image] if has_image else [])
         supervised = self._supervised(text, spans, item.input_ids)

@@ -36,7 +36,7 @@ def formats_of(pool: Pool) -> np.ndarray:
     out = np.full(len(pool), -1)
     for row in range(len(pool)):
         if row not in pool.bad:
-            out[row] = codes[instruction_format(pool.first_human(row), pool.has_image[row])]
+            out[row] = codes[instruction_format(pool.record(row).first_human, pool.has_image[row])]
     return out
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from llava.errors import DataError, UsageError
-from llava.records import Record, decode_record, find_records, line_number, map_file
+from llava.records import Record, decode_record, find_records, line_number, map_file, parse_record
 
 MAX_RECORD_BYTES = 16 * 2**20
 MAX_TURNS = 10_000
@@ -62,12 +62,10 @@ def source_of(record: Record, named: Any = None) -> str:
     if record.image is None:
         return "sharegpt"
     folder, slash, _ = record.image.partition("/")
+    if not slash or not folder:
+        return "unknown"
     if folder != "coco":
-        return (
-            {"ocr_vqa": "ocrvqa", "textvqa": "textcaps"}.get(folder, folder)
-            if slash and folder
-            else "unknown"
-        )
+        return {"ocr_vqa": "ocrvqa", "textvqa": "textcaps"}.get(folder, folder)
     text = record.first_human
     if "option's letter" in text:
         return "aokvqa"
@@ -96,7 +94,7 @@ class Pool:
     duplicate_ids: int
     starts: np.ndarray = field(repr=False)
     ends: np.ndarray = field(repr=False)
-    _buffer: Any = field(repr=False, compare=False)
+    _content: Any = field(repr=False, compare=False)
     limit: int | None = None
     images: str | None = None
     image_roots: tuple[str, ...] = ()
@@ -122,11 +120,11 @@ class Pool:
             raise UsageError(f"limit {limit}: give a positive number of records")
         if not path.exists():
             raise UsageError(f"{path}: no such pool file: check --pool")
-        buffer = map_file(path)
+        content = map_file(path)
         with ThreadPoolExecutor(1) as executor:  # hashing runs beside the parser
-            digest = executor.submit(lambda: hashlib.sha256(buffer).hexdigest())
-            starts, ends, is_list = find_records(buffer, path, "conversations")
-            index = _Index(buffer, path, starts[:limit], ends[:limit], is_list)
+            digest = executor.submit(lambda: hashlib.sha256(content).hexdigest())
+            starts, ends, is_list = find_records(content, path, "conversations")
+            index = _Index(content, path, starts[:limit], ends[:limit], is_list)
         return cls(
             path=path,
             sha256=digest.result(),
@@ -138,7 +136,7 @@ class Pool:
             duplicate_ids=len(index.ids) - len(np.unique(np.array(index.ids, np.uint64))),
             starts=starts[:limit],
             ends=ends[:limit],
-            _buffer=buffer,
+            _content=content,
             limit=limit,
             images=None if images is None else str(images),
             image_roots=tuple(map(str, image_roots)),
@@ -149,17 +147,13 @@ class Pool:
 
     def raw(self, row: int) -> bytes:
         """The record exactly as it stands in the file."""
-        return self._buffer[self.starts[row] : self.ends[row]]
+        return self._content[self.starts[row] : self.ends[row]]
 
     def record(self, row: int) -> Record:
         """The decoded record; raises DataError for a row in `bad`."""
         if row in self.bad:
             raise DataError(f"{self.path}: row {row}: {self.bad[row]}")
         return decode_record(self.raw(row), f"{self.path}: row {row}")
-
-    def first_human(self, row: int) -> str:
-        """Text of the first human turn; raises DataError for a row in `bad`."""
-        return self.record(row).first_human
 
     def id(self, row: int) -> Any:
         """The record's own `id` (opaque, may repeat); None where there is none."""
@@ -185,10 +179,10 @@ class Pool:
         return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(uids))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffer": None}  # a process that is spawned maps the file again
+        return {**self.__dict__, "_content": None}  # a process that is spawned maps the file again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _buffer=map_file(state["path"]))
+        self.__dict__.update(state, _content=map_file(state["path"]))
 
 
 class _Id(msgspec.Struct):
@@ -198,12 +192,12 @@ class _Id(msgspec.Struct):
 class _Index:
     """One pass over the records that collects the row-wise facts of a pool."""
 
-    def __init__(self, buffer, path: Path, starts, ends, is_list: bool) -> None:
+    def __init__(self, content, path: Path, starts, ends, is_list: bool) -> None:
         self.uids, self.has_image = bytearray(), bytearray()
         self.codes, self.ids = array("i"), array("Q")
         self.names: dict[str, int] = {}
         self.bad: dict[int, str] = {}
-        self._buffer, self._path, self._is_list = buffer, path, is_list
+        self._content, self._path, self._is_list = content, path, is_list
         cuts = np.searchsorted(ends, np.arange(starts[0], ends[-1], _CHUNK_BYTES))
         for first, last in itertools.pairwise(np.unique([0, *cuts, len(starts)]).tolist()):
             self._add_chunk(first, starts[first:last], ends[first:last])
@@ -218,7 +212,7 @@ class _Index:
             samples = [self._decode(row, *span) for row, span in enumerate(spans, first)]
         names, digest = self.names, xxhash.xxh3_128_digest
         keys = [
-            _encode((s.id, s.image, s.conversations)) if s else memoryview(self._buffer)[a:b]
+            _encode((s.id, s.image, s.conversations)) if s else memoryview(self._content)[a:b]
             for s, (a, b) in zip(samples, spans, strict=True)
         ]
         sources = [source_of(s, s.named_source) if s else "unknown" for s in samples]
@@ -231,7 +225,7 @@ class _Index:
         """All records in one call; None when one of them is, or may be, unusable."""
         if (ends - starts).max() > _PLAIN_BYTES:
             return None
-        together = self._buffer[starts[0] : ends[-1]]
+        together = self._content[starts[0] : ends[-1]]
         try:
             if self._is_list:
                 samples = _SAMPLES.decode(b"[" + together + b"]")
@@ -244,15 +238,15 @@ class _Index:
 
     def _decode(self, row: int, start: int, end: int) -> _Sample | None:
         """The record, or None and the reason in `bad`; DataError where a line is not JSON."""
-        raw = self._buffer[start : min(end, start + MAX_RECORD_BYTES + 1)]
+        raw = self._content[start : min(end, start + MAX_RECORD_BYTES + 1)]
         if len(raw) > MAX_RECORD_BYTES:
             self.bad[row] = f"{end - start} bytes, more than {MAX_RECORD_BYTES}; split it"
             return None
         try:
-            n_turns = len(decode_record(raw, "").conversations)
+            n_turns = len(parse_record(raw).conversations)
         except DataError as error:
             self._refuse_torn_line(raw, start)
-            self.bad[row] = str(error).removeprefix(": ")
+            self.bad[row] = str(error)
             return None
         if n_turns > MAX_TURNS:
             self.bad[row] = f"{n_turns} turns, more than {MAX_TURNS}; split it"
@@ -264,13 +258,13 @@ class _Index:
             if not self._is_list:
                 msgspec.json.decode(raw, type=msgspec.Raw)
         except (msgspec.MsgspecError, RecursionError) as error:
-            line = line_number(self._buffer, start)
+            line = line_number(self._content, start)
             raise DataError(
                 f"{self._path}: line {line}: not JSON ({error}): correct or remove this line"
             ) from error
 
 
 def _alternates(record: Record) -> bool:
-    """The common case, in which `decode_record` has nothing to object to."""
+    """The common case, in which `parse_record` has nothing to object to."""
     roles = [turn.from_ for turn in record.conversations]
     return roles == _ROLES[: len(roles)] != []

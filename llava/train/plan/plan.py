@@ -115,33 +115,25 @@ def take(argv: list[str]) -> tuple[list[str], PlanFlags | None]:
     parser.add_argument("--plan_samples", type=int, default=2000)
     parser.add_argument("--deepspeed")
     parser.add_argument("--json", action="store_true")
-    options, rest = parser.parse_known_args(argv)
+    given, rest = parser.parse_known_args(argv)
+    # Out of the environment, or the training's arguments would wait for the other processes.
     launcher = {name: os.environ.pop(name, None) for name in _LAUNCHER}
     if launcher["RANK"] not in (None, "0"):
         sys.exit(0)
-    world_size = (
-        int(launcher["WORLD_SIZE"] or 1) if options.world_size is None else options.world_size
-    )
-    _check(options, world_size)
-    devices = tuple(find_device(name) for name in options.gpu or ()) or DEVICES
-    flags = PlanFlags(
-        world_size,
-        devices,
-        options.utilisation,
-        options.plan_samples,
-        options.deepspeed,
-        options.json,
-    )
-    return [*rest, "--use_cpu", "True"], flags
-
-
-def _check(options: argparse.Namespace, world_size: int) -> None:
+    world_size = given.world_size
+    if world_size is None:
+        world_size = int(launcher["WORLD_SIZE"] or 1)
     if world_size < 1:
         raise UsageError(f"--world_size {world_size}: must be at least 1")
-    if not 0 < options.utilisation <= 1:
-        raise UsageError(f"--utilisation {options.utilisation}: is a share, above 0 and at most 1")
-    if options.plan_samples < 2:
-        raise UsageError(f"--plan_samples {options.plan_samples}: must be at least 2")
+    if not 0 < given.utilisation <= 1:
+        raise UsageError(f"--utilisation {given.utilisation}: is a share, above 0 and at most 1")
+    if given.plan_samples < 2:
+        raise UsageError(f"--plan_samples {given.plan_samples}: must be at least 2")
+    devices = tuple(find_device(name) for name in given.gpu or ()) or DEVICES
+    options = PlanFlags(
+        world_size, devices, given.utilisation, given.plan_samples, given.deepspeed, given.json
+    )
+    return [*rest, "--use_cpu", "True"], options
 
 
 def make_setup(arguments: Arguments, options: PlanFlags, hidden_size: int) -> Setup:
@@ -149,9 +141,8 @@ def make_setup(arguments: Arguments, options: PlanFlags, hidden_size: int) -> Se
     flags = arguments.training
     settings: dict[str, Any] = {}
     if options.deepspeed:
-        settings = zero.check(Path(options.deepspeed), flags, options.world_size)[
-            "zero_optimization"
-        ]
+        checked = zero.check(Path(options.deepspeed), flags, options.world_size)
+        settings = checked["zero_optimization"]
         if flags.bits != 16 and settings["stage"] == 3:
             raise UsageError(
                 f"--bits {flags.bits}: ZeRO-3 cannot split quantised weights; use --deepspeed "
@@ -260,11 +251,13 @@ def make_plan(arguments: Arguments, options: PlanFlags) -> Plan:
     model = outline(arguments, loaded)
     setup = make_setup(arguments, options, model.hidden)
     records = _records(arguments, loaded)
+    # The batches of a part of the data stand for all: costs are scaled to the run's samples.
     steps = count_steps(records, setup, flags)
     batches, lengths = _batches(records, loaded, arguments, options)
     largest = max(batches, key=lambda batch: memory(model, setup, batch).peak)
     scale = steps.n_samples * steps.epochs / sum(batch.n_samples for batch in batches)
     flops = add([count(model, batch, setup.checkpointing) for batch in batches], scale)
+    # What must fit is the largest batch that there can be, not only that of the part.
     worst = _longest(loaded, setup)
     whole = not (flags.lora_enable or arguments.model.tune_mm_mlp_adapter)
     return Plan(

@@ -269,7 +269,7 @@ def test_first_human_is_the_question(tmp_path):
         conversations=[{"from": "gpt", "value": "Hi"}, {"from": "human", "value": "Q?"}]
     )
     pool = opened(tmp_path, [record(), greeted])
-    assert [pool.first_human(row) for row in (0, 1)] == ["What?\n<image>", "Q?"]
+    assert [pool.record(row).first_human for row in (0, 1)] == ["What?\n<image>", "Q?"]
     assert pool.record(1).conversations[0] == Turn("gpt", "Hi")
 
 
@@ -303,4 +303,4 @@ def test_json_round_trip(tmp_path_factory, extras, texts, indent, ascii_only):
     pool = opened(folder, samples, indent=indent, ensure_ascii=ascii_only)
     assert not pool.bad and len(pool) == len(samples)
     assert [json.loads(pool.raw(row)) for row in range(len(pool))] == samples
-    assert [pool.first_human(row) for row in range(len(pool))] == texts[: len(pool)]
+    assert [pool.record(row).first_human for row in range(len(pool))] == texts[: len(pool)]
