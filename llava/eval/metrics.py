@@ -78,9 +78,9 @@ def position_recall(chosen: Ints, gold: Ints, n_positions: int) -> Floats:
     `chosen` and `gold` (N,) are positions. An unread answer is wrong. NaN where the right option
     never stood.
     """
-    there = np.bincount(gold, minlength=n_positions)
-    found = np.bincount(gold[chosen == gold], minlength=n_positions)
-    return np.divide(found, there, out=np.full(n_positions, np.nan), where=there > 0)
+    stood = np.bincount(gold, minlength=n_positions)
+    hits = np.bincount(gold[chosen == gold], minlength=n_positions)
+    return np.divide(hits, stood, out=np.full(n_positions, np.nan), where=stood > 0)
 
 
 def recall_std(recall: Floats) -> float:
@@ -127,16 +127,14 @@ def mcnemar(first: Bools, second: Bools) -> tuple[int, int, float]:
     """Items (I,) only the first run has right, only the second, and the exact two-sided p.
 
     Under the null hypothesis the items on which the runs differ fall to either side like a fair
-    coin: p is twice the smaller tail of the binomial, at most 1. Raises ValueError if the runs do
-    not have the same number of items.
+    coin. Raises ValueError if the runs do not have the same number of items.
     """
+    from scipy.stats import binomtest  # a second and a half to load, for this test alone
+
     if first.shape != second.shape:
         raise ValueError(f"runs over {len(first)} and {len(second)} items: not the same items")
     only_first = int((first & ~second).sum())
     only_second = int((second & ~first).sum())
-    n, least = only_first + only_second, min(only_first, only_second)
-    term = tail = 1  # whole numbers: exact however many items there are
-    for k in range(least):
-        term = term * (n - k) // (k + 1)
-        tail += term
-    return only_first, only_second, min(1.0, 2 * tail / 2**n)
+    n = only_first + only_second
+    p = float(binomtest(only_first, n).pvalue) if n else 1.0
+    return only_first, only_second, p
