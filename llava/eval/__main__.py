@@ -15,50 +15,23 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from llava import ranks
 from llava.errors import DataError
 from llava.eval.answers import Answers, Matched, match, read_answers
-from llava.eval.tasks import find_task
+from llava.eval.settings import (
+    AttackSettings,
+    PlotSettings,
+    RunSettings,
+    ScoreSettings,
+    TableSettings,
+)
+from llava.eval.tasks import EVAL, find_task
 from llava.flags import read_flags, run_verb
 from llava.launch import process
 
 VERBS = ("run", "score", "attack", "table", "plot")
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """What is scored."""
-
-    benchmark: str
-    """name of the benchmark, such as sqa; docs/Evaluation.md lists them"""
-    data: str
-    """its folder, or its question file"""
-    answers: str
-    """JSON lines, as LLaVA writes them"""
-    json: bool = False
-    """print one JSON object: name to number"""
-    allow_missing: bool = False
-    """score although items have no answer: by the rule of the benchmark's own script, which mostly
-    is that they are wrong (otherwise: exit 65)"""
-    submission: str | None = None
-    """folder for the answers in the formats of the benchmark's server or own script"""
-
-
-@dataclass(frozen=True)
-class AttackSettings:
-    """Which run, and how it is read."""
-
-    run: str
-    """run folder, or its attacks.jsonl"""
-    reading: Literal["exact", "parse", "logit"] = "exact"
-    """exact: the bare symbol; parse: also "B. ..." and "The answer is B."; logit: the likeliest"""
-    against: str | None = None
-    """another run over the same items: its numbers minus this one's, each with a paired test"""
-    json: bool = False
-    """print one JSON object"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,14 +41,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_run(argv: list[str]) -> None:
     """Ask what is missing and print the numbers; of several processes the first prints."""
-    from llava.eval.run import Evaluation, RunSettings, place_in_launch
+    from llava.eval.run import Evaluation
     from llava.eval.show.page import report
 
     about = "Ask a model a benchmark's questions, as they are and under attack."
     (settings,) = read_flags("python -m llava.eval run", about, argv, RunSettings)
-    rank, world_size = place_in_launch()
-    out = Evaluation(settings, rank, world_size).execute()
-    if rank == 0:
+    out = Evaluation(settings, ranks.rank(), ranks.world_size()).execute()
+    if ranks.rank() == 0:
         print(report(json.loads((out / "summary.json").read_bytes()), out=out))
 
 
@@ -87,7 +59,7 @@ def run_score(argv: list[str]) -> None:
     about = "Compute a benchmark's numbers from an answer file alone."
     (settings,) = read_flags("python -m llava.eval score", about, argv, ScoreSettings)
     task = find_task(settings.benchmark)
-    items = task.read(Path(settings.data))
+    items = task.read(Path(settings.data or EVAL / task.folder))
     answers = read_answers(settings.answers, task)
     matched = match(answers, items)
     if matched.missing and not settings.allow_missing:
@@ -120,18 +92,18 @@ def run_attack(argv: list[str]) -> None:
 
     first = replies(settings.run)
     if settings.against is None:
-        found = summarise(first)
-        shown = report(found, settings.reading)
+        numbers = summarise(first)
+        page = report(numbers, settings.reading)
     else:
-        found = compare(first, replies(settings.against), settings.reading)
-        shown = comparison(found)
-    print(json.dumps(found) if settings.json else shown)
+        numbers = compare(first, replies(settings.against), settings.reading)
+        page = comparison(numbers)
+    print(json.dumps(numbers) if settings.json else page)
 
 
 def run_table(argv: list[str]) -> None:
     """Print runs side by side."""
     from llava.eval.show.runs import read_runs_and_flags
-    from llava.eval.show.table import TableSettings, join, render
+    from llava.eval.show.table import join, render
 
     about = "Put runs side by side: models by benchmarks."
     runs, settings = read_runs_and_flags("table", about, argv, TableSettings)
@@ -140,11 +112,13 @@ def run_table(argv: list[str]) -> None:
 
 def run_plot(argv: list[str]) -> None:
     """Draw runs and say where the pictures are."""
-    from llava.eval.show.plot import PlotSettings, draw
     from llava.eval.show.runs import read_runs_and_flags
 
     about = "Draw Clean against attacked accuracy, and the positions that were chosen."
     runs, settings = read_runs_and_flags("plot", about, argv, PlotSettings)
+
+    from llava.eval.show.plot import draw  # with matplotlib: half a second
+
     print(*draw(runs, settings.reading, Path(settings.out)), sep="\n")
 
 

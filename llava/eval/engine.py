@@ -1,8 +1,8 @@
 """Two engines that ask a model questions and read its greedy answers.
 
     shared   what the asks of an item have in common (system text, images, stem) is computed once;
-             all the different ends go on from it together, as one tree (`tree.py`), until each
-             answer has ended
+             all the different ends go on from it together (`llava.vlm.versions.write_on`), until
+             each answer has ended
     naive    every ask on its own, `generate` with the whole prompt, as the released evaluations do
 
 In float32 they give the same answers. An answer is the argmax at every step, whatever penalties or
@@ -13,23 +13,21 @@ the model was trained with: the options stand at the end.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from llava.errors import UsageError
+from llava.eval.question import Ask, Reply
 from llava.vlm.base import Prepared, StableRows, Vlm
-from llava.vlm.prefix import MAX_TOKENS, can_share, common_prefix, continued, run_prefix
-from llava.vlm.tree import attention_mask, grow, has_one_mask, window_of
+from llava.vlm.prefix import MAX_TOKENS, Prefix, run_prefix, shared_length
+from llava.vlm.versions import Written, can_grow, write_on
 
 MAX_NEW_TOKENS = 128
 """As LLaVA's model_vqa_loader."""
@@ -37,28 +35,8 @@ _NODES = 4096  # of a tree: its mask has the square of them
 _WHOLE = 4  # whole prompts keep the keys of every layer, not of one: batches are that much smaller
 
 
-@dataclass(frozen=True)
-class Ask:
-    """One question in one wording."""
-
-    text: str
-    """as in `Item.prompt`: no template, no `<image>`"""
-    symbols: str = ""
-    """the offered option symbols, one character a position; empty for open questions"""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model answers."""
-
-    text: str
-    """decoded without special tokens, stripped"""
-    logits: tuple[float, ...] = ()
-    """of the offered symbols' first tokens where the answer begins, float32, in the asked order"""
-
-
 class Session:
-    """The asks of one item."""
+    """The asks of one item. Each is answered once, so that equal ones tie exactly."""
 
     n_tokens: int
     """positions that the language model has processed so far"""
@@ -66,9 +44,17 @@ class Session:
     def __init__(self, engine: Engine, images: Sequence[Image], asks: Sequence[Ask]) -> None:
         self.engine, self.images, self.asks = engine, images, asks
         self.n_tokens = 0
+        self._replies: dict[Ask, Reply] = {}
 
-    def reply(self, indices: Sequence[int]) -> list[Reply]:
-        """Answers to `asks[i]` for i in `indices`; may be called again with any others."""
+    def reply(self, asks: Sequence[Ask]) -> list[Reply]:
+        """Answers to some of the item's asks; may be called again with any others."""
+        new = [ask for ask in dict.fromkeys(asks) if ask not in self._replies]
+        if new:
+            self._replies |= zip(new, self._answer(new), strict=True)
+        return [self._replies[ask] for ask in asks]
+
+    def _answer(self, asks: Sequence[Ask]) -> list[Reply]:
+        """Put distinct asks to the model."""
         raise NotImplementedError
 
 
@@ -87,9 +73,10 @@ class Engine:
     ) -> None:
         self.vlm, self.max_new_tokens, self.max_tokens = vlm, max_new_tokens, max_tokens
         vlm.model.generation_config = GenerationConfig()  # a checkpoint's own may not be greedy
+        self._first_tokens: dict[str, int] = {}
 
     def item(self, images: Sequence[Image], asks: Sequence[Ask]) -> Session:
-        """Prepares nothing and runs nothing before its first reply."""
+        """All that will be asked about `images`; nothing is run before the first reply."""
         return self.session(self, images, asks)
 
     def reply_many(self, questions: Sequence[tuple[Sequence[Image], Ask]]) -> list[Reply]:
@@ -102,38 +89,42 @@ class Engine:
         replies: dict[int, Reply] = {}
         n_tokens = 0
         for rows in self._batches(prompts):
-            written, logits, n = self._generate([prompts[row] for row in rows])
-            n_tokens += n
-            for row, *found in zip(rows, written, logits, strict=True):
-                replies[row] = self.read(asks[row], *found)
+            written = self._generate([prompts[row] for row in rows])
+            replies |= zip(rows, self.read([asks[row] for row in rows], written), strict=True)
+            n_tokens += written.n_tokens
         return [replies[row] for row in range(len(prompts))], n_tokens
 
-    def read(self, ask: Ask, ids: Sequence[int], logits: Tensor) -> Reply:
-        """The reply that the written `ids` and the first step's `logits` (V,) float32 make."""
-        offered = [self._first_tokens[symbol] for symbol in ask.symbols]
-        return Reply(self.vlm.decode(ids).strip(), tuple(logits[offered].tolist()))
-
-    @cached_property
-    def _first_tokens(self) -> dict[str, int]:
-        return _Known(self.vlm.first_token)
+    def read(self, asks: Sequence[Ask], written: Written) -> list[Reply]:
+        """The replies to `asks` that were written."""
+        replies = []
+        for ask, ids, logits in zip(asks, written.ids, written.logits, strict=True):
+            for symbol in ask.symbols:
+                if symbol not in self._first_tokens:
+                    self._first_tokens[symbol] = self.vlm.first_token(symbol)
+            offered = [self._first_tokens[symbol] for symbol in ask.symbols]
+            text = self.vlm.decode(ids).strip()
+            replies.append(Reply(text, tuple(logits[offered].tolist())))
+        return replies
 
     def _batches(self, prompts: Sequence[Prepared]) -> Iterator[list[int]]:
+        """The places of `prompts`, those that are generated together in one list."""
         raise NotImplementedError
 
-    def _padded(self, item: Prepared) -> int:
+    def _padded(self, prompt: Prepared) -> int:
         """Length that a whole prompt is padded to, a function of its own length."""
-        return len(item.input_ids)
+        return len(prompt.input_ids)
 
     @torch.inference_mode()
-    def _generate(self, items: list[Prepared]) -> tuple[list[list[int]], Tensor, int]:
-        """Written ids of whole prompts of one padded length, first logits (B, V), positions."""
-        vlm, length = self.vlm, self._padded(items[0])
+    def _generate(self, prompts: list[Prepared]) -> Written:
+        """Answers to whole prompts of one padded length."""
+        vlm, length = self.vlm, self._padded(prompts[0])
 
         def stack(rows: list[Tensor], fill: int) -> Tensor:
             padded = [F.pad(row, (length - len(row), 0), value=fill) for row in rows]
             return torch.stack(padded).to(vlm.device)
 
-        tokens = {n: stack([i.token_inputs[n] for i in items], 0) for n in items[0].token_inputs}
+        names = prompts[0].token_inputs
+        tokens = {name: stack([p.token_inputs[name] for p in prompts], 0) for name in names}
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
@@ -141,17 +132,17 @@ class Engine:
             pad_token_id=vlm.pad_id,
         )
         first = _FirstLogits()
-        with StableRows() if len(items) > 1 else nullcontext():
+        with StableRows() if len(prompts) > 1 else nullcontext():
             sequences = vlm.model.generate(
-                input_ids=stack([item.input_ids for item in items], vlm.pad_id),
-                attention_mask=stack([torch.ones_like(item.input_ids) for item in items], 0),
+                input_ids=stack([p.input_ids for p in prompts], vlm.pad_id),
+                attention_mask=stack([torch.ones_like(p.input_ids) for p in prompts], 0),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([first]),
                 **tokens,
-                **vlm.image_inputs(items),
+                **vlm.image_inputs(prompts),
             )
         written = [self._until_stop(row) for row in sequences[:, length:].tolist()]
-        return written, first.logits, sequences.numel() - len(items)
+        return Written(written, first.logits, sequences.numel() - len(prompts))
 
     def _until_stop(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self.vlm.stop_ids), len(ids))
@@ -169,26 +160,14 @@ class _FirstLogits(LogitsProcessor):
         return scores
 
 
-class _Known(dict):
-    """Values of `function` by argument, each computed once."""
-
-    def __init__(self, function: Callable[[str], int]) -> None:
-        super().__init__()
-        self._function = function
-
-    def __missing__(self, key: str) -> int:
-        self[key] = self._function(key)
-        return self[key]
-
-
 class NaiveSession(Session):
-    def reply(self, indices: Sequence[int]) -> list[Reply]:
+    def _answer(self, asks: Sequence[Ask]) -> list[Reply]:
         replies = []
-        for ask in (self.asks[i] for i in indices):
+        for ask in asks:
             prompt = self.engine.vlm.prompt(ask.text, self.images)
-            found, n_tokens = self.engine.answer([prompt], [ask])
+            answers, n_tokens = self.engine.answer([prompt], [ask])
             self.n_tokens += n_tokens
-            replies += found
+            replies += answers
         return replies
 
 
@@ -202,101 +181,51 @@ class NaiveEngine(Engine):
 
 
 class SharedSession(Session):
-    """One prefix; asks with equal words are answered once, so that they tie exactly."""
+    """One prefix for all asks."""
 
-    def __init__(self, engine: Engine, images: Sequence[Image], asks: Sequence[Ask]) -> None:
-        super().__init__(engine, images, asks)
-        self._known: dict[Ask, Reply] = {}
-
-    def reply(self, indices: Sequence[int]) -> list[Reply]:
-        asks = [self.asks[i] for i in indices]
-        new = {ask: i for ask, i in zip(asks, indices, strict=True) if ask not in self._known}
-        prompts = [self._prompts[i] for i in new.values()]
-        n, layers = self._prefix
-        if layers:
-            replies = self._go_on(prompts, list(new), n, layers)
-        else:
-            replies, n_tokens = self.engine.answer(prompts, list(new))
+    def _answer(self, asks: Sequence[Ask]) -> list[Reply]:
+        prompts = [self._prompts[ask] for ask in asks]
+        prefix = self._prefix
+        if prefix is None:
+            replies, n_tokens = self.engine.answer(prompts, asks)
             self.n_tokens += n_tokens
-        self._known |= zip(new, replies, strict=True)
-        return [self._known[ask] for ask in asks]
+            return replies
 
-    @cached_property
-    def _prompts(self) -> list[Prepared]:
-        vlm, (first, *rest) = self.engine.vlm, self.asks
-        clean = vlm.prompt(first.text, self.images)
-        return [clean, *(vlm.reprompt(clean, ask.text, self.images) for ask in rest)]
-
-    @cached_property
-    @torch.inference_mode()
-    def _prefix(self) -> tuple[int, list[DynamicLayer]]:
-        """Positions of the common beginning and its keys and values; 0 and none to go without."""
-        vlm, clean = self.engine.vlm, self._prompts[0]
-        rows = [prompt.input_ids for prompt in self._prompts]
-        ids = pad_sequence(rows, batch_first=True, padding_value=vlm.pad_id)
-        n = common_prefix(ids, torch.zeros_like(ids), [len(row) for row in rows], vlm.model.config)
-        shares = can_share(vlm.model) and has_one_mask(vlm.model)
-        if n == 0 or clean.token_inputs or not shares:
-            return 0, []
-        with StableRows():
-            inputs = vlm.image_inputs([clean])
-            _, layers = run_prefix(vlm.model, clean.input_ids[:n].to(vlm.device), inputs)
-        self.n_tokens += n
-        return n, layers
-
-    def _go_on(
-        self, prompts: list[Prepared], asks: list[Ask], n: int, layers: list[DynamicLayer]
-    ) -> list[Reply]:
-        """Replies from the prefix of n positions, as many ends together as a tree may hold."""
-        ends = [prompt.input_ids[n:].tolist() for prompt in prompts]
-        size = min(_NODES, self.engine.max_tokens) // max(map(len, ends), default=1) or 1
-        replies: list[Reply] = []
+        # As many ends together as a tree may hold; all behind the same prefix.
+        engine, vlm = self.engine, self.engine.vlm
+        ends = [prompt.input_ids[len(prefix) :].tolist() for prompt in prompts]
+        size = min(_NODES, engine.max_tokens) // max(map(len, ends)) or 1
+        replies = []
         for start in range(0, len(ends), size):
-            written, logits = self._decode(ends[start : start + size], n, layers)
-            found = zip(asks[start : start + size], written, logits, strict=True)
-            replies += [self.engine.read(*reply) for reply in found]
+            some = slice(start, start + size)
+            with StableRows():
+                written = write_on(
+                    vlm.model, prefix, ends[some], vlm.stop_ids, engine.max_new_tokens
+                )
+            self.n_tokens += written.n_tokens
+            replies += engine.read(asks[some], written)
         return replies
 
-    @torch.inference_mode()
-    def _decode(
-        self, ends: list[list[int]], n: int, layers: list[DynamicLayer]
-    ) -> tuple[list[list[int]], Tensor]:
-        """Greedy continuations of B ends of the prefix, first logits (B, V)."""
-        vlm, tree, cache = self.engine.vlm, grow(ends), continued(layers)
-        window = window_of(vlm.model)
-        written: list[list[int]] = [[] for _ in ends]
-        alive, first = list(range(len(ends))), None
-        ids, sees, places = tree.ids, tree.sees, torch.tensor(tree.ends)
-        positions = n + tree.depths
-        keys = torch.arange(n)
-        with StableRows():
-            while True:
-                keys = torch.cat([keys, positions])
-                states = self._run(ids, positions, attention_mask(sees, keys, window), cache)
-                logits = vlm.head(states[places.to(vlm.device)]).float()
-                first = logits if first is None else first
-                chosen = logits.argmax(-1).tolist()
-                going = [i for i, token in enumerate(chosen) if token not in vlm.stop_ids]
-                for i in going:
-                    written[alive[i]].append(chosen[i])
-                if not going or len(written[alive[going[0]]]) == self.engine.max_new_tokens:
-                    return written, first
-                alive, nodes = [alive[i] for i in going], places[going]
-                ids = torch.tensor([chosen[i] for i in going])
-                sees = torch.cat([sees[nodes], torch.eye(len(going), dtype=torch.bool)], 1)
-                positions, places = positions[nodes] + 1, torch.arange(len(going))
+    @cached_property
+    def _prompts(self) -> dict[Ask, Prepared]:
+        vlm, (first, *rest) = self.engine.vlm, self.asks
+        prompt = vlm.prompt(first.text, self.images)
+        others = {ask: vlm.reprompt(prompt, ask.text, self.images) for ask in rest}
+        return {first: prompt} | others
 
-    def _run(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        """States (N, H) of N further nodes."""
-        vlm = self.engine.vlm
-        self.n_tokens += len(ids)
-        return vlm.decoder(
-            input_ids=ids[None].to(vlm.device),
-            position_ids=positions[None].to(vlm.device),
-            attention_mask=mask.to(vlm.device),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[0]
+    @cached_property
+    @torch.inference_mode()
+    def _prefix(self) -> Prefix | None:
+        """The common beginning of all prompts; None where whole prompts have to be run."""
+        vlm, prompts = self.engine.vlm, list(self._prompts.values())
+        n = shared_length(vlm.model, prompts) if can_grow(vlm.model) else 0
+        if not n:
+            return None
+        with StableRows():
+            inputs = vlm.image_inputs(prompts[:1])
+            prefix = run_prefix(vlm.model, prompts[0].input_ids[:n].to(vlm.device), inputs)
+        self.n_tokens += n
+        return prefix
 
 
 class SharedEngine(Engine):
@@ -310,24 +239,15 @@ class SharedEngine(Engine):
     session = SharedSession
 
     def _batches(self, prompts: Sequence[Prepared]) -> Iterator[list[int]]:
-        keys = [prompt.key for prompt in prompts]
-        yield from _groups(keys, lambda key: self._rows(key[0]) // _WHOLE)
+        places = defaultdict(list)
+        for place, prompt in enumerate(prompts):
+            places[prompt.key].append(place)
+        for (length, *_), rows in places.items():
+            size = self.max_tokens // (length + self.max_new_tokens) // _WHOLE or 1
+            yield from (rows[i : i + size] for i in range(0, len(rows), size))
 
-    def _padded(self, item: Prepared) -> int:
-        return item.n_tokens
-
-    def _rows(self, length: int) -> int:
-        return self.max_tokens // (length + self.max_new_tokens)
-
-
-def _groups(keys: Sequence, size: Callable[..., int]) -> Iterator[list[int]]:
-    """Places of equal keys, at most `size(key)` and at least one at a time."""
-    places: dict = defaultdict(list)
-    for place, key in enumerate(keys):
-        places[key].append(place)
-    for key, rows in places.items():
-        step = max(1, size(key))
-        yield from (rows[i : i + step] for i in range(0, len(rows), step))
+    def _padded(self, prompt: Prepared) -> int:
+        return prompt.n_tokens
 
 
 ENGINES: dict[str, type[Engine]] = {"shared": SharedEngine, "naive": NaiveEngine}

@@ -31,7 +31,8 @@ from llava.eval.reading import READINGS, read
 from llava.eval.records import Head, Record
 from llava.eval.tasks.base import Id
 
-COLUMNS = ("clean", "pa", "sa", "sa_pa", "avg")
+FOUR = ("clean", "pa", "sa", "sa_pa")
+COLUMNS = (*FOUR, "avg")
 _NO_GOLD = -2
 
 
@@ -73,10 +74,6 @@ class Replies:
     sheets: tuple[Sheet, ...]
     """under the letters, and under the other symbols if they were asked"""
 
-    def part(self, rows: Bools) -> tuple[Sheet, ...]:
-        """The sheets of the items that `rows` (I,) names."""
-        return tuple(sheet.part(rows) for sheet in self.sheets)
-
 
 class _Cell(NamedTuple):
     """One reply: `chosen` and `correct` by reading."""
@@ -97,7 +94,9 @@ def collect(head: Head, records: Iterable[Record], where: str | Path) -> Replies
     Raises DataError, beginning with `where`, unless every item of the benchmark was asked as `head`
     says: no number is ever computed over a part.
     """
-    sets = [head.letters, *([head.symbols] if head.symbols else [])]
+    # By set of symbols, then item: as little of a record as the arrays take, for SEED-Bench has
+    # nearly a million.
+    sets = [symbols for symbols in (head.letters, head.symbols) if symbols]
     cells: list[dict[int, list[_Cell]]] = [defaultdict(list) for _ in sets]
     items: dict[int, tuple[Id, str, bool]] = {}
     for record in records:
@@ -109,8 +108,16 @@ def collect(head: Head, records: Iterable[Record], where: str | Path) -> Replies
             )
         cells[under[0]][record.row].append(_cell(record))
         items[record.row] = record.question_id, record.group, record.counted
-    for symbols, found in zip(sets, cells, strict=True):
-        _check_whole(head, symbols, found, where)
+
+    # Every item of the benchmark has to be there before anything is counted.
+    for symbols, by_row in zip(sets, cells, strict=True):
+        missing = [row for row in range(head.n_items) if not _is_whole(head, by_row.get(row, ()))]
+        if missing:
+            raise DataError(
+                f"{where}: of {head.n_items} items, not or not wholly asked under {symbols}: "
+                f"{len(missing)} (the first is row {missing[0]}); run the same command again to "
+                "ask what is missing"
+            )
     ids, groups, counted = zip(*(items[row] for row in range(head.n_items)), strict=True)
     counts = np.array(counted)
     return Replies(
@@ -131,20 +138,8 @@ def _cell(record: Record) -> _Cell:
     return _Cell(tuple(record.order), chosen, tuple(c in right for c in chosen), gold)
 
 
-def _check_whole(
-    head: Head, symbols: str, found: Mapping[int, Sequence[_Cell]], where: str | Path
-) -> None:
-    """DataError unless each item was asked under `symbols` in all the orders it should be."""
-    missing = [row for row in range(head.n_items) if not _is_whole(head, found.get(row, ()))]
-    if missing:
-        raise DataError(
-            f"{where}: of {head.n_items} items, not or not wholly asked under {symbols}: "
-            f"{len(missing)} (the first is row {missing[0]}); run the same command again to ask "
-            "what is missing"
-        )
-
-
 def _is_whole(head: Head, cells: Sequence[_Cell]) -> bool:
+    """Whether an item was asked once in each order that `head` says, the given one among them."""
     if not any(cell.is_given for cell in cells):
         return False
     n = min(math.factorial(len(cells[0].order)), MAX_ORDERS) if head.all_orders else 1
@@ -154,37 +149,38 @@ def _is_whole(head: Head, cells: Sequence[_Cell]) -> bool:
     return len(cells) == n or (head.until_failure and failed)
 
 
-def _sheet(found: Mapping[int, Sequence[_Cell]]) -> Sheet:
+def _sheet(cells: Mapping[int, Sequence[_Cell]]) -> Sheet:
     """The cells of each item as arrays, the given order first."""
-    rows = [sorted(found[row], key=lambda cell: cell.order) for row in range(len(found))]
+    rows = [sorted(cells[row], key=lambda cell: cell.order) for row in range(len(cells))]
     shape = len(rows), max(map(len, rows))
     asked = np.zeros(shape, bool)
     chosen = np.full((len(READINGS), *shape), UNREAD, np.int8)
     correct = np.zeros((len(READINGS), *shape), bool)
     gold = np.full(shape, _NO_GOLD, np.int8)
-    for i, cells in enumerate(rows):
-        n = len(cells)
+    for i, row in enumerate(rows):
+        n = len(row)
         asked[i, :n] = True
-        chosen[:, i, :n] = np.array([cell.chosen for cell in cells]).T
-        correct[:, i, :n] = np.array([cell.correct for cell in cells]).T
-        gold[i, :n] = [cell.gold for cell in cells]
+        chosen[:, i, :n] = np.array([cell.chosen for cell in row]).T
+        correct[:, i, :n] = np.array([cell.correct for cell in row]).T
+        gold[i, :n] = [cell.gold for cell in row]
     return Sheet(
         asked,
         dict(zip(READINGS, chosen, strict=True)),
         dict(zip(READINGS, correct, strict=True)),
         gold,
-        np.array([len(cells[0].order) for cells in rows]),
+        np.array([len(row[0].order) for row in rows]),
     )
 
 
 def four(replies: Replies, reading: str) -> dict[str, Bools]:
     """Clean, PA, SA and SA+PA of every item, (I,) each; those that were asked."""
-    found = {}
-    for sheet, names in zip(replies.sheets, (("clean", "pa"), ("sa", "sa_pa")), strict=False):
-        found[names[0]] = metrics.clean(sheet.correct[reading], sheet.asked)
+    right = {}
+    for sheet, names in zip(replies.sheets, (FOUR[:2], FOUR[2:]), strict=False):
+        given, worst = names
+        right[given] = metrics.clean(sheet.correct[reading], sheet.asked)
         if replies.head.all_orders:
-            found[names[1]] = metrics.worst(sheet.correct[reading], sheet.asked)
-    return found
+            right[worst] = metrics.worst(sheet.correct[reading], sheet.asked)
+    return right
 
 
 def summarise(replies: Replies) -> dict[str, Any]:
@@ -210,74 +206,80 @@ def compare(first: Replies, second: Replies, reading: str) -> dict[str, dict[str
             f"--against: {len(second.ids)} items of {second.head.benchmark}, but "
             f"{len(first.ids)} of {first.head.benchmark}: give a run over the same items"
         )
-    a, b = ({k: v[first.counted] for k, v in four(r, reading).items()} for r in (first, second))
-    found = {}
+    a, b = (
+        {name: right[first.counted] for name, right in four(replies, reading).items()}
+        for replies in (first, second)
+    )
+    differences = {}
     for name in [name for name in a if name in b]:
         only_first, only_second, p = metrics.mcnemar(a[name], b[name])
-        found[name] = {
+        differences[name] = {
             **_mean(b[name].astype(float) - a[name]),
             "only_first": only_first,
             "only_second": only_second,
             "p": p,
         }
-    if len(found) == len(COLUMNS) - 1:
-        found["avg"] = _mean(sum(b[name].astype(float) - a[name] for name in found) / len(found))
-    return found
+    if len(differences) == len(FOUR):
+        total = sum(b[name].astype(float) - a[name] for name in FOUR)
+        differences["avg"] = _mean(total / len(FOUR))
+    return differences
 
 
 def _reading(replies: Replies, reading: str) -> dict[str, Any]:
-    groups = sorted(set(replies.groups))
-    of = np.array(replies.groups)
+    """The items that count, all items, and each group where there are several."""
+    right, groups = four(replies, reading), np.array(replies.groups)
+    names = sorted(set(replies.groups))
     return {
-        "counted": _block(replies, reading, replies.counted),
-        "total": _block(replies, reading, np.ones(len(of), bool)),
-        "groups": {g: _row(replies, reading, of == g) for g in groups if len(groups) > 1},
+        "counted": _block(replies, reading, right, replies.counted),
+        "total": _block(replies, reading, right, np.ones(len(groups), bool)),
+        "groups": {name: _row(right, groups == name) for name in names if len(names) > 1},
     }
 
 
-def _row(replies: Replies, reading: str, rows: Bools) -> dict[str, Any]:
-    """Number of items, and the means of the paper's row over them."""
-    found = {
-        name: 100 * float(values[rows].mean()) for name, values in four(replies, reading).items()
-    }
-    if len(found) == len(COLUMNS) - 1:
-        found["avg"] = sum(found.values()) / len(found)
-    return {"n": int(rows.sum()), **found}
+def _row(right: Mapping[str, Bools], rows: Bools) -> dict[str, Any]:
+    """Number of items in `rows` (I,), and the means of the paper's row over them."""
+    means = {name: 100 * float(values[rows].mean()) for name, values in right.items()}
+    if len(means) == len(FOUR):
+        means["avg"] = sum(means.values()) / len(means)
+    return {"n": int(rows.sum()), **means}
 
 
-def _block(replies: Replies, reading: str, rows: Bools) -> dict[str, Any]:
-    """The row with intervals, and what else is known of these items."""
-    values = {name: found[rows] for name, found in four(replies, reading).items()}
-    if len(values) == len(COLUMNS) - 1:
-        values["avg"] = sum(found.astype(float) for found in values.values()) / len(values)
-    block = _row(replies, reading, rows)
-    block["intervals"] = {name: _interval(found) for name, found in values.items()}
+def _block(
+    replies: Replies, reading: str, right: Mapping[str, Bools], rows: Bools
+) -> dict[str, Any]:
+    """The row with intervals, and what else is known of the items in `rows` (I,)."""
+    block = _row(right, rows)
+    values = {name: each[rows] for name, each in right.items()}
+    if len(values) == len(FOUR):
+        values["avg"] = sum(each.astype(float) for each in values.values()) / len(values)
+    block["intervals"] = {name: _interval(each) for name, each in values.items()}
     pairs = (("pa", "clean"), ("sa_pa", "sa"))
     block["attack_success"] = {hit: block[of] - block[hit] for hit, of in pairs if hit in block}
+
+    # Orders that were skipped after a failure were the easy ones: no means over the others.
     if not replies.head.until_failure:
-        names = ("clean", "sa")
-        sheets = dict(zip(names, replies.part(rows), strict=False))
-        symbols = dict(zip(names, (replies.head.letters, replies.head.symbols), strict=True))
+        sets = (("clean", replies.head.letters), ("sa", replies.head.symbols))
         block["orders"] = {
-            name: _over_orders(sheet, reading, symbols[name]) for name, sheet in sheets.items()
+            name: _over_orders(sheet.part(rows), reading, symbols)
+            for sheet, (name, symbols) in zip(replies.sheets, sets, strict=False)
         }
     return block
 
 
 def _over_orders(sheet: Sheet, reading: str, symbols: str) -> dict[str, Any]:
     """What all replies under one set of symbols say, chosen positions among them."""
-    there = sheet.asked & (sheet.gold != _NO_GOLD)
+    has_gold = sheet.asked & (sheet.gold != _NO_GOLD)
     n = int(sheet.n_options.max())
     chosen, correct = sheet.chosen[reading], sheet.correct[reading]
     gold = np.where(correct, chosen, sheet.gold)  # of several right positions the one chosen
-    recall = metrics.position_recall(chosen[there], gold[there], n)
+    recall = metrics.position_recall(chosen[has_gold], gold[has_gold], n)
     shares = metrics.mean_over_orders(correct, sheet.asked)
     return {
         "mean": 100 * float(shares.mean()),
         "parse_failures": 100 * metrics.failure_rate(chosen[sheet.asked]),
         "symbols": symbols[:n],
         "chosen": metrics.position_counts(chosen[sheet.asked], n).tolist(),
-        "right": metrics.position_counts(gold[there], n).tolist(),
+        "right": metrics.position_counts(gold[has_gold], n).tolist(),
         "recall": [None if math.isnan(value) else 100 * float(value) for value in recall],
         "rstd": 100 * metrics.recall_std(recall),
     }

@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from llava.errors import UsageError
 from llava.eval.tasks.base import Item, Task
-from llava.eval.tasks.rows import folder_of
+from llava.eval.tasks.files import folder_of
 from llava.images import BadImage, check_image, decode_image, open_image
 
 

@@ -1,4 +1,4 @@
-"""The two attacks on multiple choice: other option symbols, other option orders.
+"""What is asked, as data, and the two attacks on it: other option symbols, other option orders.
 
 A question is parsed into its options once and rendered from them; option texts are data and are
 never found again by searching the text. (The authors' code permutes by regular expressions; an
@@ -35,6 +35,26 @@ INSTRUCTIONS = (
     "<image>",
 )
 _OPTION = re.compile(r"([A-Z])\. ")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt: a question in one wording."""
+
+    text: str
+    """as in `Item.prompt`: no template, no `<image>`"""
+    symbols: str = ""
+    """the offered option symbols, one character a position; empty for open questions"""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model answers."""
+
+    text: str
+    """decoded without special tokens, stripped"""
+    logits: tuple[float, ...] = ()
+    """of the offered symbols' first tokens where the answer begins, float32, in the asked order"""
 
 
 @dataclass(frozen=True)
@@ -118,11 +138,11 @@ def orders(n: int, key: str, limit: int = MAX_ORDERS) -> list[tuple[int, ...]]:
     if math.factorial(n) <= limit:
         return list(itertools.permutations(range(n)))
     shifts = [tuple((i + shift) % n for i in range(n)) for shift in range(n)]
-    found = dict.fromkeys(shifts[:limit])
+    sample = dict.fromkeys(shifts[:limit])
     draw = random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest()))
-    while len(found) < limit:
-        found[_shuffled(n, draw)] = None
-    return list(found)
+    while len(sample) < limit:
+        sample[_shuffled(n, draw)] = None
+    return list(sample)
 
 
 def _shuffled(n: int, draw: random.Random) -> tuple[int, ...]:
@@ -136,10 +156,10 @@ def _shuffled(n: int, draw: random.Random) -> tuple[int, ...]:
 
 def _option_starts(lines: list[str]) -> list[int]:
     """Line numbers of the options: the last `A. ` with a `B. ` after it, and its successors."""
-    found = [(i, match[1]) for i, line in enumerate(lines) if (match := _OPTION.match(line))]
-    for first in reversed([place for place, (_, letter) in enumerate(found) if letter == "A"]):
+    lettered = [(i, match[1]) for i, line in enumerate(lines) if (match := _OPTION.match(line))]
+    for first in reversed([place for place, (_, letter) in enumerate(lettered) if letter == "A"]):
         starts = []
-        for i, letter in found[first:]:
+        for i, letter in lettered[first:]:
             if len(starts) < len(LETTERS) and letter == LETTERS[len(starts)]:
                 starts.append(i)
         if len(starts) > 1:

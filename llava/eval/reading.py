@@ -42,8 +42,8 @@ def _parse(text: str, logits: Sequence[float], symbols: str) -> int:
     text = text.strip()
     if text and text[0] in symbols and (len(text) == 1 or text[1:3] == ". "):
         return symbols.index(text[0])
-    found = _SENTENCE.findall(text)
-    return symbols.find(found[0]) if len(found) == 1 else UNREAD
+    named = _SENTENCE.findall(text)
+    return symbols.find(named[0]) if len(named) == 1 else UNREAD
 
 
 def _logit(text: str, logits: Sequence[float], symbols: str) -> int:

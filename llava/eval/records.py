@@ -97,13 +97,13 @@ class Parts:
 
     def __init__(self, folder: Path, rank: int) -> None:
         files.make_folder(folder)
-        self._folder, self._own = folder, folder / f"{rank}.jsonl"
+        self._folder, self._appended = folder, folder / f"{rank}.jsonl"
         self._read: dict[Path, int] = {}  # bytes of each file that are known
         self._places: dict[int, tuple[Path, int, int]] = {}  # unit: file, offset, length
 
     def add(self, units: Iterable[Unit]) -> None:
         """Keep some units; they are on the disk when this returns."""
-        files.append_line(self._own, b"\n".join(map(msgspec.json.encode, units)))
+        files.append_line(self._appended, b"\n".join(map(msgspec.json.encode, units)))
 
     def refresh(self) -> set[int]:
         """The units that are finished by now."""

@@ -9,29 +9,22 @@ writes the run's files, `manifest.json` last; if two do, they write the same.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
-import transformers
 import xxhash
 
 from llava import files
 from llava.errors import UsageError
-from llava.eval import prompts as asking
-from llava.eval.engine import MAX_NEW_TOKENS, Ask, Engine, Reply, open_engine
 from llava.eval.numbers import collect, summarise
-from llava.eval.pictures import Pictures, picture_folder
-from llava.eval.prompts import Plan, Replier
-from llava.eval.question import LETTERS
+from llava.eval.question import LETTERS, Ask
 from llava.eval.records import (
     ANSWERS,
     ATTACKS,
@@ -44,12 +37,15 @@ from llava.eval.records import (
     write_attacks,
     write_submission,
 )
-from llava.eval.tasks import find_task
-from llava.eval.tasks.base import Item
+from llava.eval.schedule import Replier, Schedule, pick_symbols
+from llava.eval.settings import RunSettings
+from llava.eval.tasks import EVAL, Item, find_task
 from llava.progress import Progress
 from llava.runs import claim_folder
-from llava.vlm import load_vlm
-from llava.vlm.base import Vlm
+
+if TYPE_CHECKING:  # torch and models take seconds to load: a wrong flag or file is told before
+    from llava.eval.engine import Engine
+    from llava.vlm.base import Vlm
 
 SCHEMA = 2
 """Raised when the code asks or decodes otherwise for the same settings."""
@@ -57,89 +53,48 @@ LETTERED_TOKENS = 16
 """Longest answer to a lettered question: a letter, or a sentence that names one."""
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """What is asked of which model."""
-
-    benchmark: str
-    """name of the benchmark, such as sqa; docs/Evaluation.md lists them"""
-    data: str
-    """its folder, or its question file"""
-    model: str
-    """checkpoint: LLaVA (Hugging Face or original; full, LoRA or projector), or another VLM"""
-    out: str
-    """run folder; the same command again goes on in it"""
-    images: str | None = None
-    """folder of the pictures, where it is not the benchmark's own"""
-    image_roots: tuple[str, ...] = ()
-    """further folders that links inside `images` may lead to, as a list: '[/data/coco]'"""
-    model_base: str | None = None
-    """language model under a LoRA or projector-only checkpoint: a directory or a hub name"""
-    symbols: str = "qwer"
-    """symbols of the attack: qwer, snvf, or any distinct characters, one a position"""
-    attacks: Literal["all", "clean"] = "all"
-    """all: every order, letters and symbols (Clean, PA, SA, SA+PA); clean: as given, no attack"""
-    orders: Literal["all", "until_failure"] = "all"
-    """until_failure: ask no further once Clean and PA are known; positions are not counted then"""
-    engine: Literal["shared", "naive"] = "shared"
-    """shared: what the orders of a question have in common runs once; naive: one by one"""
-    pictures: Literal["first", "all"] = "first"
-    """of a question with several pictures (MMMU), those that the model is shown"""
-    max_new_tokens: int | None = None
-    """longest answer, in tokens; by default 16 to lettered questions, as no letter comes after
-    more, and 128 to open ones"""
-    dtype: str = "auto"
-    """auto (bfloat16 on a GPU that has it, float32 on a CPU), float32, bfloat16 or float16"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    batch_size: int = 16
-    """questions that are answered together, where each is asked once: open ones, and no attacks"""
-    max_tokens: int = 32768
-    """largest number of positions in a forward pass"""
-    limit: int | None = None
-    """ask the first LIMIT items only"""
-    force_new: bool = False
-    """if the run folder holds another run, write to a new one beside it (NAME-2, NAME-3, ...)"""
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size", "max_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} {value}: give a number of at least 1")
-
-
 class Evaluation:
     """An evaluation by one process of `world_size`."""
 
     def __init__(self, settings: RunSettings, rank: int = 0, world_size: int = 1) -> None:
         """Read and check all that can be told without the model."""
-        self.settings, self.rank, self.world_size = settings, rank, world_size
-        data = Path(settings.data)
+        from llava.eval.pictures import Pictures, picture_folder
+
+        self.rank, self.world_size = rank, world_size
         self.task = find_task(settings.benchmark)
+        if settings.data is None:
+            settings = replace(settings, data=str(EVAL / self.task.folder))
+        self.settings, data = settings, Path(settings.data)
         self.items = self.task.read(data)[: settings.limit]
         self.task.score(self.items, {})  # a file without right answers is told now
-        self.plan = _plan(settings, self.items, self.task.attacked)
+        self.schedule = _schedule(settings, self.items, self.task.attacked)
         self.pictures = Pictures(
             picture_folder(self.task, data, settings.images),
             tuple(map(Path, settings.image_roots)),
             settings.pictures == "first",
         )
         self.pictures.check(self.items)
-        self.units = asking.units(self.items, self.plan)
+        self.units = self.schedule.units(self.items)
 
     @cached_property
     def vlm(self) -> Vlm:
+        from llava.vlm import load_vlm
+
         settings = self.settings
         return load_vlm(settings.model, settings.model_base, settings.dtype, settings.device)
 
     @cached_property
     def engine(self) -> Engine:
+        from llava.eval.engine import open_engine
+
         settings = self.settings
         return open_engine(settings.engine, self.vlm, self.max_new_tokens, settings.max_tokens)
 
     @property
     def max_new_tokens(self) -> int:
         """Where an answer ends that has not ended by itself."""
+        from llava.eval.engine import MAX_NEW_TOKENS
+
         longest = LETTERED_TOKENS if self.task.attacked else MAX_NEW_TOKENS
         return self.settings.max_new_tokens or longest
 
@@ -152,8 +107,8 @@ class Evaluation:
 
     def execute(self) -> Path:
         """Ask what is missing, and put the run together. Returns the run folder."""
-        wanted = Path(self.settings.out), self.settings.force_new
-        out, finished = claim_folder(wanted, self._identity())
+        folder = Path(self.settings.out), self.settings.force_new
+        out, finished = claim_folder(folder, self._identity())
         if not finished:
             self._note_equal_symbols()
             parts = Parts(out / "parts", self.rank)
@@ -163,7 +118,7 @@ class Evaluation:
         return out
 
     def _note_equal_symbols(self) -> None:
-        for symbols in self.plan.symbols if self.rank == 0 else ():
+        for symbols in self.schedule.symbols if self.rank == 0 else ():
             n = max(len(item.question.options) for item in self.items)
             if len({self.vlm.first_token(symbol) for symbol in symbols[:n]}) < n:
                 print(
@@ -174,67 +129,51 @@ class Evaluation:
 
     def _ask_missing(self, parts: Parts) -> None:
         done = parts.refresh()
-        size = 1 if self.plan.all_orders else self.settings.batch_size
+        size = 1 if self.schedule.all_orders else self.settings.batch_size
         total = len(self.units) - len(done)
         with Progress(self.task.name, total, self.rank == 0) as progress:
             while len(done) < len(self.units):
                 missing = [unit for unit in range(len(self.units)) if unit not in done]
                 start = self.rank % self.world_size * len(missing) // self.world_size
-                parts.add(self._ask(missing[start : start + size]))
+                ask = self._ask_all_orders if self.schedule.all_orders else self._ask_once
+                parts.add(ask(missing[start : start + size]))
                 before, done = len(done), parts.refresh()
                 progress.advance(len(done) - before)
 
-    def _ask(self, numbers: Sequence[int]) -> Iterator[Unit]:
-        """Finished units; those with a single prompt are answered together."""
+    def _ask_all_orders(self, numbers: Sequence[int]) -> Iterator[Unit]:
+        """Finished units, each by itself: everything about its pictures in one session."""
+        for number in numbers:
+            started = time.monotonic()
+            unit = self.units[number]
+            sources = self.schedule.sources(self.items, unit)
+            pictures = self.pictures.open(self.items[unit[0]])
+            session = self.engine.item(pictures, list(sources))
+            if not self.schedule.until_failure:
+                session.reply(list(sources))  # letters and symbols in one batch
+            records = self._records(unit, session.reply, sources)
+            yield Unit(number, time.monotonic() - started, session.n_tokens, records)
+
+    def _ask_once(self, numbers: Sequence[int]) -> Iterator[Unit]:
+        """Finished units, each of a single prompt, answered together."""
         started = time.monotonic()
-        if self.plan.all_orders:
-            for number in numbers:
-                records, n_tokens = self._attack(self.units[number])
-                yield Unit(number, time.monotonic() - started, n_tokens, records)
-            return
-        firsts = [self.items[self.units[number][0]] for number in numbers]
-        asks = [asking.prompts(item, self.plan)[0] for item in firsts]
-        opened = [self.pictures.open(item) for item in firsts]
-        replies = self.engine.reply_many(list(zip(opened, asks, strict=True)))
+        units = [self.units[number] for number in numbers]
+        sources = [self.schedule.sources(self.items, unit) for unit in units]
+        pictures = [self.pictures.open(self.items[unit[0]]) for unit in units]
+        asks = [ask for (ask,) in sources]
+        replies = self.engine.reply_many(list(zip(pictures, asks, strict=True)))
         seconds = (time.monotonic() - started) / len(numbers)
-        for number, reply in zip(numbers, replies, strict=True):
-            records = self._records(self.units[number], lambda asks, reply=reply: [reply], {})
+        for number, unit, source, reply in zip(numbers, units, sources, replies, strict=True):
+            records = self._records(unit, lambda asks, reply=reply: [reply], source)
             yield Unit(number, seconds, 0, records)
 
-    def _attack(self, rows: Sequence[int]) -> tuple[list[Record], int]:
-        """Records of the rows of one question, and the positions that the model processed."""
-        sources: dict[Ask, int] = {}
-        for row in rows:
-            for ask in asking.prompts(self.items[row], self.plan):
-                sources.setdefault(ask, row)
-        numbers = {ask: i for i, ask in enumerate(sources)}
-        session = self.engine.item(self.pictures.open(self.items[rows[0]]), list(sources))
-        known: dict[int, Reply] = {}
-
-        def reply(asks: Sequence[Ask]) -> list[Reply]:
-            wanted = [numbers[ask] for ask in asks]
-            new = [i for i in dict.fromkeys(wanted) if i not in known]
-            if new:
-                known.update(zip(new, session.reply(new), strict=True))
-            return [known[i] for i in wanted]
-
-        if not self.plan.until_failure:
-            reply(list(sources))  # letters and symbols in one batch
-        return self._records(rows, reply, sources), session.n_tokens
-
     def _records(
-        self, rows: Sequence[int], reply: Replier, sources: dict[Ask, int]
+        self, unit: Sequence[int], reply: Replier, sources: Mapping[Ask, int]
     ) -> list[Record]:
+        """What is written down of a unit: the records of all its rows."""
         return [
-            asking.record(
-                asked,
-                row,
-                self.items[row],
-                self.task.counted(self.items[row]),
-                sources.get(asked.ask, rows[0]),
-            )
-            for row in rows
-            for asked in asking.put(self.items[row], self.plan, reply)
+            asked.record(row, item, self.task.counted(item), sources[asked.ask])
+            for row, item in ((row, self.items[row]) for row in unit)
+            for asked in self.schedule.put(item, reply)
         ]
 
     def _finish(self, out: Path, parts: Parts) -> None:
@@ -275,9 +214,9 @@ class Evaluation:
             model=self.model_name,
             n_items=len(self.items),
             letters=LETTERS,
-            symbols="".join(self.plan.symbols[1:]),
-            all_orders=self.plan.all_orders,
-            until_failure=self.plan.until_failure,
+            symbols="".join(self.schedule.symbols[1:]),
+            all_orders=self.schedule.all_orders,
+            until_failure=self.schedule.until_failure,
         )
 
     def _describe(self, seconds: float, n_tokens: int) -> dict[str, Any]:
@@ -302,7 +241,7 @@ class Evaluation:
                 "content": _fingerprint(self.items),
             },
             "model": self.vlm.identity(),
-            "symbols": list(self.plan.symbols),
+            "symbols": list(self.schedule.symbols),
             "attacks": settings.attacks,
             "orders": settings.orders,
             "engine": settings.engine,
@@ -312,12 +251,17 @@ class Evaluation:
         }
 
     def _manifest(self, out: Path) -> dict[str, Any]:
+        import torch
+        import transformers
+
         names = [name for name in (ANSWERS, ATTACKS, "summary.json") if (out / name).exists()]
+        device = self.vlm.device
+        on_gpu = device.type == "cuda"
         return {
             "settings": asdict(self.settings),
             "files": {name: xxhash.xxh3_128_hexdigest((out / name).read_bytes()) for name in names},
             "processes": self.world_size,
-            "device": _device(self.vlm.device),
+            "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -326,23 +270,19 @@ class Evaluation:
         }
 
 
-def place_in_launch() -> tuple[int, int]:
-    """Rank and number of processes of this torchrun launch; (0, 1) without one."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _plan(settings: RunSettings, items: Sequence[Item], attacked: bool) -> Plan:
+def _schedule(settings: RunSettings, items: Sequence[Item], attacked: bool) -> Schedule:
+    """What `settings` ask for; UsageError for symbols or options that do not go together."""
     if not attacked:
-        return Plan(settings.benchmark, (), all_orders=False)
+        return Schedule(settings.benchmark, (), all_orders=False)
     n = max(len(item.question.options) for item in items)
     if n > len(LETTERS):
         raise UsageError(
             f"{settings.benchmark}: a question has {n} options; at most {len(LETTERS)}"
         )
     if settings.attacks == "clean":
-        return Plan(settings.benchmark, (LETTERS,), all_orders=False)
-    symbols = LETTERS, asking.pick_symbols(settings.symbols, n)
-    return Plan(settings.benchmark, symbols, until_failure=settings.orders == "until_failure")
+        return Schedule(settings.benchmark, (LETTERS,), all_orders=False)
+    symbols = LETTERS, pick_symbols(settings.symbols, n)
+    return Schedule(settings.benchmark, symbols, until_failure=settings.orders == "until_failure")
 
 
 def _fingerprint(items: Sequence[Item]) -> str:
@@ -351,10 +291,6 @@ def _fingerprint(items: Sequence[Item]) -> str:
     for item in items:
         hasher.update(msgspec.json.encode(item, enc_hook=repr))
     return hasher.hexdigest()
-
-
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _json(value: Any) -> bytes:

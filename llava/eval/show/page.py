@@ -8,7 +8,8 @@ from typing import Any
 
 from llava.eval.numbers import COLUMNS
 
-TITLES = dict(zip(COLUMNS, ("Clean", "PA", "SA", "SA+PA", "Avg."), strict=True))
+HEADINGS = dict(zip(COLUMNS, ("Clean", "PA", "SA", "SA+PA", "Avg."), strict=True)) | {"f1": "F1"}
+"""what a number is called, where it is not called by its key"""
 _WIDTH = 13
 
 
@@ -31,13 +32,13 @@ def number_lines(numbers: Mapping[str, float]) -> str:
     return "\n".join(f"{name:<{width}}  {value:6.2f}" for name, value in numbers.items())
 
 
-def comparison(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Differences of two runs with intervals, and McNemar's p."""
+def comparison(differences: Mapping[str, Mapping[str, Any]]) -> str:
+    """Differences of two runs (`numbers.compare`) with intervals, and McNemar's p."""
     lines = [f"{'':<7}{'difference':>{_WIDTH}}{'95 %':>18}{'only 1st':>10}{'only 2nd':>10}{'p':>9}"]
-    for name, entry in found.items():
+    for name, entry in differences.items():
         low, high = entry["interval"]
         interval = f"{low:+.2f} to {high:+.2f}"
-        line = f"{TITLES[name]:<7}{entry['value']:>+{_WIDTH}.2f}{interval:>18}"
+        line = f"{HEADINGS[name]:<7}{entry['value']:>+{_WIDTH}.2f}{interval:>18}"
         if "p" in entry:
             line += f"{entry['only_first']:>10}{entry['only_second']:>10}{entry['p']:>9.2g}"
         lines.append(line)
@@ -60,24 +61,20 @@ def _table(readings: Mapping[str, Any], reading: str) -> list[str]:
     """The row with its intervals, then the same items read otherwise, then all items."""
     block = readings[reading]["counted"]
     names = [name for name in COLUMNS if name in block]
-    ranges = [_range(*block["intervals"][name]) for name in names]
-    others = {name: found["counted"] for name, found in readings.items() if name != reading}
+    ends = [block["intervals"][name] for name in names]
+    others = {name: blocks["counted"] for name, blocks in readings.items() if name != reading}
     if readings[reading]["total"]["n"] != block["n"]:
         others[f"all {readings[reading]['total']['n']}"] = readings[reading]["total"]
     return [
-        _line("", [TITLES[name] for name in names]),
+        _line("", [HEADINGS[name] for name in names]),
         _line(reading, [f"{block[name]:.2f}" for name in names]),
-        _line("95 %", ranges),
+        _line("95 %", [f"{low:.1f}-{high:.1f}" for low, high in ends]),
         *(_line(title, [f"{row[name]:.2f}" for name in names]) for title, row in others.items()),
     ]
 
 
 def _line(title: str, cells: list[str]) -> str:
     return f"{title:<9}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells)
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:.1f}-{high:.1f}"
 
 
 def _duration(seconds: float) -> str:

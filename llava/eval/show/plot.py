@@ -10,9 +10,8 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -31,22 +30,12 @@ UNREAD = "none"
 """tick of the answers in which no option could be read"""
 
 
-@dataclass(frozen=True)
-class PlotSettings:
-    """What is drawn where."""
-
-    out: str
-    """folder for attacked.png and positions.png"""
-    reading: Literal["exact", "parse", "logit"] = "exact"
-    """how an answer becomes an option: docs/Evaluation.md"""
-
-
 def draw(runs: Sequence[Run], reading: str, out: Path) -> list[Path]:
     """Write the pictures, positions.png only if a run has all orders; returns their paths.
 
     Raises UsageError if none of the runs has numbers under attack.
     """
-    runs = sorted((run for run in runs if run.attacked), key=lambda run: run.place)
+    runs = sorted((run for run in runs if run.attacked), key=lambda run: run.task.place)
     if not any(run.block(reading).keys() & ATTACKS for run in runs):
         raise UsageError("plot: no run of a benchmark under attack among them; give one")
     figures = {"attacked.png": attacked(runs, reading)}
@@ -65,7 +54,7 @@ def attacked(runs: Sequence[Run], reading: str) -> Figure:
     """A panel an attack, a colour a benchmark, a marker a model."""
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     panels = figure.subplots(1, len(ATTACKS), sharex=True, sharey=True)
-    titles = list(dict.fromkeys(run.title for run in runs))
+    titles = list(dict.fromkeys(run.task.title for run in runs))
     models = list(dict.fromkeys(run.model for run in runs))
     colours = {title: colormaps["tab10"](i % 10) for i, title in enumerate(titles)}
     markers = {model: MARKERS[i % len(MARKERS)] for i, model in enumerate(models)}
@@ -74,7 +63,7 @@ def attacked(runs: Sequence[Run], reading: str) -> Figure:
     for panel, (attack, heading) in zip(panels, ATTACKS.items(), strict=True):
         panel.axline((0, 0), slope=1, color="0.7", linewidth=1, zorder=0)
         for run in runs:
-            _point(panel, run.block(reading), attack, colours[run.title], markers[run.model])
+            _point(panel, run.block(reading), attack, colours[run.task.title], markers[run.model])
         panel.set(title=heading, xlabel="Clean (%)", xlim=limits, ylim=limits, aspect="equal")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("under attack (%)")
@@ -98,7 +87,7 @@ def positions(runs: Sequence[Run], reading: str) -> Figure:
     panels: dict[tuple[str, str], dict[str, Any]] = {}
     for run in runs:
         for orders in run.block(reading).get("orders", {}).values():
-            panels.setdefault((run.title, orders["symbols"]), {})[run.model] = orders
+            panels.setdefault((run.task.title, orders["symbols"]), {})[run.model] = orders
     models = list(dict.fromkeys(run.model for run in runs))
     colours = {model: colormaps["Dark2"](i % 8) for i, model in enumerate(models)}
     n_rows = math.ceil(len(panels) / PANELS)

@@ -6,30 +6,16 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llava.errors import DataError, UsageError
 from llava.eval.question import SYMBOLS
-from llava.eval.tasks.rows import read_json
+from llava.eval.tasks import Task, find_task, task_names
+from llava.eval.tasks.files import read_document
 from llava.flags import Parser, normalised
 
-# In the order of ARDS's tables; other benchmarks follow under their own names.
-TITLES = {
-    "sqa": "ScienceQA",
-    "seed": "SEED-Bench",
-    "mmbench": "MMBench-EN",
-    "mmbench_cn": "MMBench-CN",
-    "aokvqa": "A-OKVQA",
-    "mmmu": "MMMU",
-    "arc_e": "ARC-e",
-    "boolq": "BoolQ",
-    "gqa": "GQA",
-    "gqa_ood": "GQA-OOD",
-    "pope": "POPE",
-    "textvqa": "TextVQA",
-    "mme": "MME",
-}
 T = TypeVar("T")
 
 
@@ -50,33 +36,22 @@ class Run:
     def benchmark(self) -> str:
         return self.summary["benchmark"]
 
-    @property
-    def title(self) -> str:
-        """What the benchmark is called in papers."""
-        return TITLES.get(self.benchmark, self.benchmark)
-
-    @property
-    def place(self) -> int:
-        """Of the benchmark among others."""
-        return [*TITLES, self.benchmark].index(self.benchmark)
+    @cached_property
+    def task(self) -> Task:
+        """The benchmark; of one whose file is not here no more than its name is known."""
+        if self.benchmark in task_names():
+            return find_task(self.benchmark)
+        task = Task()
+        task.name = self.benchmark
+        return task
 
     @property
     def attacked(self) -> bool:
         return "readings" in self.summary
 
     def block(self, reading: str) -> Mapping[str, Any]:
-        """Numbers under attack of the items that count, in percent; see `attacked.summarise`."""
+        """Numbers under attack of the items that count, in percent; see `numbers.summarise`."""
         return self.summary["readings"][reading]["counted"]
-
-    def published(self) -> dict[str, float]:
-        """What papers print of a benchmark that is not attacked: its first metric.
-
-        Of GQA-OOD all splits, and their mean.
-        """
-        numbers = self.summary["published"]
-        if self.benchmark == "gqa_ood":
-            return numbers | {"avg": sum(numbers.values()) / len(numbers)}
-        return dict([next(iter(numbers.items()))])
 
 
 def read_runs_and_flags(
@@ -127,7 +102,7 @@ def _read(folder: Path) -> Run:
     if not (folder / "manifest.json").is_file():
         raise DataError(f"{folder}: holds no finished run; run it to its end, or leave it out")
     summary, manifest, identity = (
-        read_json(folder / f"{name}.json", dict) for name in ("summary", "manifest", "run")
+        read_document(folder / f"{name}.json", dict) for name in ("summary", "manifest", "run")
     )
     path, checkpoint = manifest["settings"]["model"], identity["model"]["checkpoint"]
     return Run(folder, summary["model"], path, checkpoint, summary)

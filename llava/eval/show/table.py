@@ -10,25 +10,15 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from llava.eval.show.page import TITLES
+from llava.eval.numbers import COLUMNS
+from llava.eval.show.page import HEADINGS
 from llava.eval.show.runs import Run
 
 WIDEST = 20
 """columns of numbers in one table: four benchmarks under attack"""
-HEADINGS = {"f1": "F1", "avg": "Avg."}
 _LATEX = str.maketrans({c: rf"\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}"})
-
-
-@dataclass(frozen=True)
-class TableSettings:
-    """How the table is made."""
-
-    format: Literal["markdown", "csv", "latex"] = "markdown"
-    """markdown; csv (all digits, one row a model); latex (booktabs)"""
-    reading: Literal["exact", "parse", "logit"] = "exact"
-    """how an answer under attack becomes an option: docs/Evaluation.md"""
 
 
 class Group(NamedTuple):
@@ -78,13 +68,14 @@ def join(runs: Sequence[Run], reading: str) -> Table:
     """The table of `runs`, models in the order in which they first appear."""
     groups: dict[str, Group] = {}
     rows: dict[str, dict[tuple[str, str], float]] = {run.model: {} for run in runs}
-    for run in sorted(runs, key=lambda run: run.place):
-        numbers = run.block(reading) if run.attacked else run.published()
-        headings = TITLES if run.attacked else {key: HEADINGS.get(key, key) for key in numbers}
-        groups[run.benchmark] = Group(run.benchmark, run.title, headings)
-        rows[run.model] |= {
-            (run.benchmark, key): numbers[key] for key in headings if key in numbers
-        }
+    for run in sorted(runs, key=lambda run: run.task.place):
+        if run.attacked:
+            numbers, keys = run.block(reading), COLUMNS
+        else:
+            numbers = keys = run.task.headline(run.summary["published"])
+        headings = {key: HEADINGS.get(key, key) for key in keys}
+        groups[run.benchmark] = Group(run.benchmark, run.task.title, headings)
+        rows[run.model] |= {(run.benchmark, key): numbers[key] for key in keys if key in numbers}
     return Table(list(groups.values()), rows)
 
 
@@ -133,7 +124,7 @@ def _latex_block(table: Table) -> str:
         headings += [heading.translate(_LATEX) for heading in group.columns.values()]
         column += n
     cells = table.cells("--", r"\textbf{{{}}}")
-    rows = [[name.translate(_LATEX), *found] for name, found in cells.items()]
+    rows = [[name.translate(_LATEX), *texts] for name, texts in cells.items()]
     lines = [rf"\begin{{tabular}}{{l{'r' * len(table.keys())}}}", r"\toprule"]
     lines += [_latex_row(titles), " ".join(rules), _latex_row(headings), r"\midrule"]
     return "\n".join([*lines, *map(_latex_row, rows), r"\bottomrule", r"\end{tabular}"])

@@ -10,9 +10,9 @@ import importlib
 import pkgutil
 
 from llava.errors import UsageError
-from llava.eval.tasks.base import Item, Task
+from llava.eval.tasks.base import EVAL, Item, Task
 
-__all__ = ["Item", "Task", "find_task", "task_names"]
+__all__ = ["EVAL", "Item", "Task", "find_task", "task_names"]
 
 
 def task_names() -> list[str]:
@@ -33,9 +33,9 @@ def find_task(name: str) -> Task:
 
 def _classes() -> list[type[Task]]:
     modules = [
-        importlib.import_module(f"{__name__}.{found.name}")
-        for found in pkgutil.iter_modules(__path__)
-        if found.name != "base"
+        importlib.import_module(f"{__name__}.{module.name}")
+        for module in pkgutil.iter_modules(__path__)
+        if module.name != "base"
     ]
     return [
         value

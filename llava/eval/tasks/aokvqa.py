@@ -21,8 +21,8 @@ import msgspec
 
 from llava.errors import DataError
 from llava.eval.tasks.base import Id, Item, check_unique
+from llava.eval.tasks.files import Picture, read_questions
 from llava.eval.tasks.lettered import Lettered, lettered
-from llava.eval.tasks.parquet import Picture, read_questions
 
 QUESTIONS = "aokvqa_v1p0_val.json"
 
@@ -42,6 +42,8 @@ class Aokvqa(Lettered):
     """Metrics: `accuracy` and `parse_failures`."""
 
     name = "aokvqa"
+    title = "A-OKVQA"
+    place = 50
     image_folders = ("val2017", "images")
 
     def read(self, data: Path) -> list[Item]:

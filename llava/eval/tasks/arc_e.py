@@ -23,8 +23,8 @@ import msgspec
 from llava.errors import DataError
 from llava.eval.question import LETTERS
 from llava.eval.tasks.base import Id, Item, check_unique
+from llava.eval.tasks.files import read_questions
 from llava.eval.tasks.lettered import Lettered, lettered
-from llava.eval.tasks.parquet import read_questions
 
 QUESTIONS = "ARC-Easy-Test.jsonl"
 ATTACKED = LETTERS[:5]
@@ -65,6 +65,8 @@ class ArcEasy(Lettered):
     """Metrics: `accuracy` and `parse_failures` of the items that are counted, `total` of all."""
 
     name = "arc_e"
+    title = "ARC-e"
+    place = 70
 
     def read(self, data: Path) -> list[Item]:
         """Items in the file's order; `group` is "letters" or "numbers", as the file labels them."""

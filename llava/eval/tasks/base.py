@@ -1,7 +1,7 @@
 """What a benchmark is: items read from its owners' files, and a rule that turns answers to numbers.
 
 Items keep the order of the file. Options are data: they are read from fields, or parsed once by
-`attacks.parse_question`, and never searched for in text again.
+`question.parse_question`, and never searched for in text again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from llava.errors import DataError
 from llava.eval.question import Question
 
 Id = int | str
+EVAL = Path("playground/data/eval")
+"""where LLaVA has its benchmarks, each in a folder of its own"""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,22 @@ class Task:
 
     name: ClassVar[str]
     """as in `scripts/v1_5/eval/<name>.sh` and `--benchmark`"""
+    place: ClassVar[int] = 1000
+    """where its columns stand in tables, the lowest first: ARDS's benchmarks as in its tables"""
     attacked: ClassVar[bool] = False
     """whether its options and symbols are attacked: every item has a `question`"""
     image_folders: ClassVar[tuple[str, ...]] = (".",)
     """where its pictures are, relative to the benchmark's folder; the first that exists"""
+
+    @property
+    def title(self) -> str:
+        """What papers call it; a benchmark says it as a class attribute, like all else here."""
+        return self.name
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder below `EVAL` and in the small world."""
+        return self.name
 
     def read(self, data: Path) -> list[Item]:
         """Items in the file's order. `data` is the benchmark's folder, or its question file.
@@ -74,6 +88,10 @@ class Task:
         An item without an answer is wrong unless the benchmark's own script says otherwise.
         """
         raise NotImplementedError
+
+    def headline(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """What tables print of the published `numbers`: the first."""
+        return dict([next(iter(numbers.items()))])
 
     def recorded(self, item: Item) -> str:
         """`prompt` in answer files, where LLaVA's script for the benchmark writes another one."""

@@ -17,8 +17,8 @@ from pathlib import Path
 import msgspec
 
 from llava.eval.tasks.base import Item
+from llava.eval.tasks.files import read_questions
 from llava.eval.tasks.lettered import Lettered, lettered
-from llava.eval.tasks.parquet import read_questions
 
 QUESTIONS = "dev.jsonl"
 OPTIONS = ("yes", "no")
@@ -36,6 +36,8 @@ class BoolQ(Lettered):
     """Metrics: `accuracy` and `parse_failures`."""
 
     name = "boolq"
+    title = "BoolQ"
+    place = 80
 
     def read(self, data: Path) -> list[Item]:
         """Items in the file's order."""

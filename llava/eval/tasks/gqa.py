@@ -23,13 +23,13 @@ import msgspec
 
 from llava.errors import DataError, UsageError
 from llava.eval.tasks.base import Id, Item, Task, check_unique, percent
-from llava.eval.tasks.rows import (
+from llava.eval.tasks.files import (
     SHORT,
     QuestionRow,
     find_file,
     folder_of,
     question_file,
-    read_json,
+    read_document,
     read_rows,
 )
 
@@ -50,6 +50,8 @@ class Gqa(Task):
     """Metric: `accuracy` over testdev_balanced."""
 
     name = "gqa"
+    title = "GQA"
+    place = 90
     image_folders = ("data/images", "images")
 
     def read(self, data: Path) -> list[Item]:
@@ -57,7 +59,7 @@ class Gqa(Task):
         path = question_file(data, QUESTIONS)
         rows = read_rows(path, QuestionRow)
         source = _need(folder_of(data), ANSWERS, "unpack GQA's questions1.2.zip there")
-        annotations = read_json(source, dict[str, Annotation])
+        annotations = read_document(source, dict[str, Annotation])
         items = [_item(row, annotations, f"{path}: row {i}") for i, row in enumerate(rows)]
         check_unique(items, str(path))
         return items
@@ -77,6 +79,9 @@ class GqaOod(Task):
     """
 
     name = "gqa_ood"
+    title = "GQA-OOD"
+    folder = "gqa"
+    place = 100
     image_folders = Gqa.image_folders
 
     def read(self, data: Path) -> list[Item]:
@@ -103,6 +108,10 @@ class GqaOod(Task):
             for split in ("original", "all", "head", "tail")
         }
         return {split: _accuracy(group, texts) for split, group in members.items() if group}
+
+    def headline(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """All splits, and their mean."""
+        return {**numbers, "avg": sum(numbers.values()) / len(numbers)}
 
     def submission(self, items: Sequence[Item], texts: Mapping[Id, str]) -> dict[str, bytes]:
         """Predictions for GQA-OOD's evaluation.py, and so for GQA's eval.py."""
@@ -153,14 +162,14 @@ def _ood_splits(folder: Path) -> dict[str, dict[str, Annotation]]:
         split: _need(folder, f"ood_testdev_{split}.json", "take it from the data of GQA-OOD")
         for split in ("head", "tail")
     }
-    splits = {name: read_json(path, dict[str, Annotation]) for name, path in paths.items()}
+    splits = {name: read_document(path, dict[str, Annotation]) for name, path in paths.items()}
     shared = splits["head"].keys() & splits["tail"].keys()
     if shared:
         raise DataError(
             f"{paths['tail']}: question {min(shared)!r} is in head too; take both of one release"
         )
     path = find_file(folder, "ood_testdev_all.json", _PLACES)
-    both = read_json(path, dict[str, Annotation]) if path else splits["head"] | splits["tail"]
+    both = read_document(path, dict[str, Annotation]) if path else splits["head"] | splits["tail"]
     return splits | {"all": both}
 
 

@@ -24,16 +24,17 @@ import base64
 import binascii
 import csv
 import dataclasses
+import io
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from llava.errors import DataError, UsageError
 from llava.eval.question import Question
 from llava.eval.tasks.base import Id, Item, Task, check_unique, percent
+from llava.eval.tasks.files import question_file
 from llava.eval.tasks.lettered import LETTER, gold_of
-from llava.eval.tasks.rows import question_file
 
 COPY = 1_000_000
 """distance of `index` between a question and its rotations"""
@@ -53,6 +54,8 @@ class MmBench(Task):
     """Metrics: `circular` (published; a question counts if all its rows are right), `per_row`."""
 
     name = "mmbench"
+    title = "MMBench-EN"
+    place = 30
     attacked = True
     questions: ClassVar[str] = "mmbench_dev_20230712.tsv"
     instruction: ClassVar[str] = LETTER
@@ -92,8 +95,6 @@ class MmBench(Task):
         """The server's workbook: the file's columns without pictures and hints, and `prediction`
         as the seventh, as LLaVA's convert_mmbench_for_submission has it.
         """
-        from llava.eval.tasks.workbook import workbook  # loading openpyxl takes half a second
-
         names = list(items[0].extra["row"])
         names.insert(PREDICTION, "prediction")
         rows = [item.extra["row"] | {"prediction": texts.get(item.id, "")} for item in items]
@@ -124,6 +125,8 @@ class MmBenchCn(MmBench):
     """As `mmbench`, in Chinese."""
 
     name = "mmbench_cn"
+    title = "MMBench-CN"
+    place = 40
     questions = "mmbench_dev_cn_20231003.tsv"
     instruction = "请直接回答选项字母。"
 
@@ -138,6 +141,31 @@ def _cell(column: str, value: str) -> str | int | None:
     if column == "index":
         return int(value)
     return None if column != "prediction" and value in _MISSING | {"nan", "NaN", "None"} else value
+
+
+def workbook(rows: Iterable[Sequence[str | int | None]]) -> bytes:
+    """An Excel workbook of one sheet. Text is text, also where it begins with "=": no formulas.
+
+    Characters that a workbook cannot hold are left out.
+    """
+    # Loading openpyxl takes half a second.
+    from openpyxl import Workbook
+    from openpyxl.cell import WriteOnlyCell
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
+    for row in rows:
+        cells = [WriteOnlyCell(sheet) for _ in row]
+        for cell, value in zip(cells, row, strict=True):
+            if isinstance(value, str):
+                cell.value, cell.data_type = ILLEGAL_CHARACTERS_RE.sub("", value), "s"
+            else:
+                cell.value = value
+        sheet.append(cells)
+    buffer = io.BytesIO()
+    book.save(buffer)
+    return buffer.getvalue()
 
 
 def options_of(row: Mapping[str, str]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 
 from llava.errors import DataError, UsageError
 from llava.eval.tasks.base import Id, Item, Task, check_unique, percent
-from llava.eval.tasks.rows import SHORT, QuestionRow, folder_of, question_file, read_rows
+from llava.eval.tasks.files import SHORT, QuestionRow, folder_of, question_file, read_rows
 
 QUESTIONS = "llava_mme.jsonl"
 RELEASE = "MME_Benchmark_release_version"
@@ -44,6 +44,9 @@ class Mme(Task):
     """
 
     name = "mme"
+    title = "MME"
+    folder = "MME"
+    place = 130
     image_folders = (RELEASE,)
 
     def read(self, data: Path) -> list[Item]:

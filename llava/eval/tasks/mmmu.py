@@ -23,8 +23,8 @@ import msgspec
 
 from llava.errors import DataError
 from llava.eval.tasks.base import Id, Item, check_unique
+from llava.eval.tasks.files import Picture, read_questions
 from llava.eval.tasks.lettered import Lettered, gold_of, lettered
-from llava.eval.tasks.parquet import Picture, read_questions
 
 CHOICE = "multiple-choice"
 
@@ -57,6 +57,8 @@ class Mmmu(Lettered):
     """Metrics: `accuracy` and `parse_failures`, over the questions with options."""
 
     name = "mmmu"
+    title = "MMMU"
+    place = 60
 
     def read(self, data: Path) -> list[Item]:
         """Items by subject, in their files' order; the subject is the group."""

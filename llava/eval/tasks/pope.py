@@ -26,7 +26,7 @@ import msgspec
 
 from llava.errors import DataError, UsageError
 from llava.eval.tasks.base import Id, Item, Task, check_unique, percent
-from llava.eval.tasks.rows import QuestionRow, find_file, folder_of, question_file, read_rows
+from llava.eval.tasks.files import QuestionRow, find_file, folder_of, question_file, read_rows
 
 CATEGORIES = ("adversarial", "popular", "random")
 QUESTIONS = "llava_pope_test.jsonl"
@@ -47,6 +47,8 @@ class Pope(Task):
     """
 
     name = "pope"
+    title = "POPE"
+    place = 110
     image_folders = ("val2014",)
 
     def read(self, data: Path) -> list[Item]:

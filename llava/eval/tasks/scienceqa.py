@@ -32,8 +32,8 @@ import msgspec
 from llava.errors import DataError
 from llava.eval.question import LETTERS, Question, parse_question
 from llava.eval.tasks.base import Id, Item, Task, check_unique, percent
+from llava.eval.tasks.files import folder_of, question_file, read_document, read_rows
 from llava.eval.tasks.lettered import LETTER, gold_of
-from llava.eval.tasks.rows import folder_of, question_file, read_json, read_rows
 
 QUESTIONS = "llava_test_CQM-A.json"
 SPLITS = "pid_splits.json"
@@ -64,6 +64,9 @@ class ScienceQa(Task):
     """
 
     name = "sqa"
+    title = "ScienceQA"
+    folder = "scienceqa"
+    place = 10
     attacked = True
     image_folders = ("images/test",)
 
@@ -117,8 +120,8 @@ def read_letter(text: str) -> str | None:
     """The letter that an answer names by the rules above, None if it could not be read."""
     if text and text[0] in _READ and (len(text) == 1 or text[1:3] == ". "):
         return text[0]
-    found = _SENTENCE.findall(text)
-    return found[0] if len(found) == 1 else None
+    letters = _SENTENCE.findall(text)
+    return letters[0] if len(letters) == 1 else None
 
 
 def _item(record: Record, where: str) -> Item:
@@ -157,7 +160,7 @@ def _check_split(items: Sequence[Item], path: Path) -> None:
     splits, name = folder_of(path) / SPLITS, _FILE_NAME.fullmatch(path.name)
     if name is None or not splits.is_file():
         return
-    ids = read_json(splits, dict[str, list[str]]).get(name[1])
+    ids = read_document(splits, dict[str, list[str]]).get(name[1])
     if ids is None:
         raise DataError(f"{splits}: has no split {name[1]!r}; take ScienceQA's own file")
     different = {str(item.id) for item in items} ^ set(ids)

@@ -29,8 +29,8 @@ import msgspec
 from llava.errors import DataError
 from llava.eval.question import parse_question
 from llava.eval.tasks.base import Id, Item, Task, percent
+from llava.eval.tasks.files import QuestionRow, folder_of, question_file, read_document, read_rows
 from llava.eval.tasks.lettered import gold_of
-from llava.eval.tasks.rows import QuestionRow, folder_of, question_file, read_json, read_rows
 
 QUESTIONS = "llava-seed-bench.jsonl"
 ANNOTATIONS = "SEED-Bench.json"
@@ -59,13 +59,16 @@ class Seed(Task):
     """
 
     name = "seed"
+    title = "SEED-Bench"
+    folder = "seed_bench"
+    place = 20
     attacked = True
 
     def read(self, data: Path) -> list[Item]:
         """Items in the question file's order; `extra["annotations"]` are what an item counts as."""
         path = question_file(data, QUESTIONS)
         rows = read_rows(path, QuestionRow)
-        annotated = read_json(folder_of(data) / ANNOTATIONS, Annotations)
+        annotated = read_document(folder_of(data) / ANNOTATIONS, Annotations)
         by_id = defaultdict(list)
         for entry in annotated.questions:
             by_id[_number(entry.question_id)].append(entry)
@@ -134,17 +137,15 @@ def _check_ids(
     """DataError unless each id is asked as often as it is annotated, for the data types asked."""
     asked = Counter(_number(row.question_id) for row in rows)
     data_types = {e.data_type for i in asked for e in by_id.get(i, ())}
-    wanted = {i: n for i, entries in by_id.items() if (n := _count(entries, data_types))}
-    for i in [*asked, *wanted]:
-        if asked[i] != wanted.get(i, 0):
+    annotated = Counter(
+        {i: sum(e.data_type in data_types for e in entries) for i, entries in by_id.items()}
+    )
+    for i in [*asked, *annotated]:
+        if asked[i] != annotated[i]:
             raise DataError(
-                f"{where}: id {i!r} is there {asked[i]} times, but {wanted.get(i, 0)} times in "
+                f"{where}: id {i!r} is there {asked[i]} times, but {annotated[i]} times in "
                 f"{ANNOTATIONS}; {_REMEDY}"
             )
-
-
-def _count(entries: Sequence[Annotation], data_types: set[str]) -> int:
-    return sum(entry.data_type in data_types for entry in entries)
 
 
 def _number(question_id: Id) -> Id:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llava.eval.run import Evaluation, RunSettings
+from llava.eval.run import Evaluation
+from llava.eval.settings import RunSettings
+from llava.eval.tasks import find_task
 from tests.tiny_models import save_llava
 
 FIXTURE = Path(__file__).parents[3] / "mini" / "fixture" / "eval"
-FOLDERS = {"sqa": "scienceqa", "seed": "seed_bench", "pope": "pope"}
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +31,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def ask(benchmark: str, model: str = "one/m", **flags: object) -> Path:
         name = "-".join([benchmark, model.replace("/", "-"), *map(str, flags.values())])
         fixed = {"max_new_tokens": 2, "limit": 3, "out": str(root / name)}
-        data = str(FIXTURE / FOLDERS[benchmark])
+        data = str(FIXTURE / find_task(benchmark).folder)
         where = {"benchmark": benchmark, "data": data, "model": str(root / "models" / model)}
         return Evaluation(RunSettings(**where, **fixed | flags)).execute()
 

@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 import llava.eval.tasks
 from llava.eval.tasks import find_task, task_names
 
@@ -28,3 +30,9 @@ def test_the_example_is_found_read_and_scored(tmp_path, monkeypatch):
 
 def test_every_benchmark_is_named():
     assert all(f"| `{name}` |" in PAGE for name in task_names())
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_every_benchmark_has_its_folder(name):
+    (entry,) = re.findall(rf"^\| `{name}` \| [^`]* \| `(\w+)` \|", PAGE, re.MULTILINE)
+    assert entry == find_task(name).folder

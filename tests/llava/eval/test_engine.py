@@ -11,8 +11,8 @@ import transformers as hf
 from PIL import Image
 
 from llava.errors import UsageError
-from llava.eval.engine import ENGINES, Ask, open_engine
-from llava.eval.question import Question, orders
+from llava.eval.engine import ENGINES, open_engine
+from llava.eval.question import Ask, Question, orders
 from llava.vlm import load_vlm
 from tests.oracles import oracle
 from tests.tiny_models import BUILDERS, TEXT, VISION, save_llava, save_smolvlm
@@ -79,7 +79,7 @@ def assert_same(replies, expected):
 @pytest.mark.parametrize("name", ENGINES)
 def test_replies_are_those_of_full_forwards(vlm, name, images):
     session = open_engine(name, vlm, max_new_tokens=N_NEW).item(images, ASKS)
-    replies = session.reply(range(len(ASKS)))
+    replies = session.reply(ASKS)
     assert_same(replies, [slow(vlm, images, ask) for ask in ASKS])
     assert len({reply.text for reply in replies}) > 1  # the orders are told apart
 
@@ -94,18 +94,17 @@ def test_several_pictures_of_one_question(llava):
     expected = [slow(llava, PICTURES, ask) for ask in ASKS]
     for name in ENGINES:
         session = open_engine(name, llava, max_new_tokens=N_NEW).item(PICTURES, ASKS)
-        assert_same(session.reply(range(len(ASKS))), expected)
+        assert_same(session.reply(ASKS), expected)
 
 
 def test_answers_do_not_depend_on_what_is_asked_together(vlm):
     engine = open_engine("shared", vlm, max_new_tokens=N_NEW)
-    every = range(len(ASKS))
-    whole = [(r.text, r.logits) for r in engine.item(PICTURES[:1], ASKS).reply(every)]
+    whole = [(r.text, r.logits) for r in engine.item(PICTURES[:1], ASKS).reply(ASKS)]
     session = engine.item(PICTURES[:1], ASKS)
-    for some in ([3], [5, 0, 3], every, []):
-        assert_same(session.reply(some), [whole[i] for i in some])
+    for some in ([3], [5, 0, 3], range(len(ASKS)), []):
+        assert_same(session.reply([ASKS[i] for i in some]), [whole[i] for i in some])
     small = open_engine("shared", vlm, max_new_tokens=N_NEW, max_tokens=1)
-    assert_same(small.item(PICTURES[:1], ASKS).reply(every), whole)
+    assert_same(small.item(PICTURES[:1], ASKS).reply(ASKS), whole)
     single = [(r.text, r.logits) for r in small.reply_many(OPEN)]
     assert_same(engine.reply_many(OPEN), single)
 
@@ -136,7 +135,7 @@ def test_the_prefix_runs_once_and_rows_leave_at_their_end(tmp_path):
     asks = [Ask(question.render(order), "ABC") for order in orders(3, "")]
     session = open_engine("shared", vlm).item([], asks)
     with rows_of(vlm.decoder) as seen:
-        replies = session.reply([*range(6), 0, 1])
+        replies = session.reply([*asks, *asks[:2]])
     prompts = [vlm.prompt(ask.text).input_ids.tolist() for ask in asks]
     n = seen[0][1]
     nodes = {tuple(ids[: k + 1]) for ids in prompts for k in range(n, len(ids))}
@@ -157,22 +156,22 @@ def test_the_prefix_runs_once_and_rows_leave_at_their_end(tmp_path):
 def test_the_picture_is_looked_at_once(llava):
     session = open_engine("shared", llava, max_new_tokens=1).item(PICTURES[:1], ASKS)
     with rows_of(llava.model.model.vision_tower) as pictures:
-        session.reply([0])
-        session.reply(range(len(ASKS)))
+        session.reply(ASKS[:1])
+        session.reply(ASKS)
     assert pictures == [(1, 3)]
 
 
 def test_naive_processes_every_prompt_whole(llava):
     session = open_engine("naive", llava, max_new_tokens=2).item(PICTURES[:1], ASKS)
     with rows_of(llava.decoder) as seen:
-        session.reply(range(3))
+        session.reply(ASKS[:3])
     assert session.n_tokens == sum(rows * columns for rows, columns in seen)
     assert [rows for rows, _ in seen] == [1] * len(seen)
 
 
 def test_ends_of_different_length(llava):
     asks = [Ask(f"What is it? A. red {'B. blue ' * n}", "AB") for n in (1, 4, 2, 4, 1)]
-    replies = open_engine("shared", llava, max_new_tokens=N_NEW).item([], asks).reply(range(5))
+    replies = open_engine("shared", llava, max_new_tokens=N_NEW).item([], asks).reply(asks)
     assert_same(replies, [slow(llava, [], ask) for ask in asks])
     assert replies[0] is replies[4]
 
@@ -192,7 +191,7 @@ def test_a_window_shorter_than_the_prefix(tmp_path, window):
     expected = [slow(vlm, PICTURES[:1], ask) for ask in ASKS[:3]]
     for name in ENGINES:
         session = open_engine(name, vlm, max_new_tokens=N_NEW).item(PICTURES[:1], ASKS[:3])
-        assert_same(session.reply(range(3)), expected)
+        assert_same(session.reply(ASKS[:3]), expected)
 
 
 def test_penalties_of_a_checkpoint_are_not_greedy(tmp_path):
@@ -204,7 +203,7 @@ def test_penalties_of_a_checkpoint_are_not_greedy(tmp_path):
     ).save_pretrained(folder)
     for name in ENGINES:
         engine = open_engine(name, load_vlm(folder), max_new_tokens=N_NEW)
-        assert_same(engine.item([], ASKS[:2]).reply([0, 1]), expected)
+        assert_same(engine.item([], ASKS[:2]).reply(ASKS[:2]), expected)
 
 
 def test_unknown_engine():

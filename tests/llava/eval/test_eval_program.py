@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import llava.eval.tasks
-from llava.eval.__main__ import main
+from llava.eval.__main__ import VERBS, main
+from llava.eval.run import Evaluation
+from llava.eval.settings import RunSettings
 from llava.launch import process
 
 FIXTURE = Path(__file__).parents[3] / "mini" / "fixture" / "eval"
@@ -124,6 +126,44 @@ def test_an_unknown_benchmark(score, name, near):
     assert (code, out) == (2, "")
     assert err.startswith(f"error: --benchmark {name}: did you mean {near}? there are ")
     assert err.count("\n") == 1
+
+
+def test_flags_are_answered_without_loading_a_library_that_takes_seconds():
+    code = f"""
+import sys
+from llava.eval.__main__ import main
+from llava.launch import process
+for verb in {VERBS}:
+    for flag in ("--help", "--no-such-flag"):
+        try:
+            process(lambda: main([verb, flag]))
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        print(verb, flag, code)
+print({{"torch", "transformers", "scipy", "matplotlib"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    for verb in VERBS:
+        assert f"{verb} --help 0\n{verb} --no-such-flag 2\n" in done.stdout
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert done.stderr.count("no such flag") == len(VERBS)
+
+
+def test_data_are_looked_for_where_llava_has_them(toy, tmp_path, monkeypatch):
+    """Below playground/data/eval, in the folder that the benchmark names; for both verbs."""
+    folder = tmp_path / "playground" / "data" / "eval" / "toys"
+    folder.mkdir(parents=True)
+    (folder / "questions.json").write_text('[["1", "A"]]')
+    module = tmp_path / "more" / "toy.py"
+    found = module.read_text().replace('name = "toy"', 'name, folder = "toy", "toys"')
+    module.write_text(found.replace("data.read_text()", '(data / "questions.json").read_text()'))
+    (tmp_path / "a.jsonl").write_text(lines([(1, "A")]))
+    monkeypatch.chdir(tmp_path)
+    main(["score", "--benchmark", "toy", "--answers", "a.jsonl"])
+    evaluation = Evaluation(RunSettings(benchmark="toy", model="none", out="out"))
+    assert evaluation.settings.data == "playground/data/eval/toys"
+    assert [item.id for item in evaluation.items] == ["1"]
 
 
 # ---- ScienceQA in the small world's files

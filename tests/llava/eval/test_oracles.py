@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.eval.engine import ENGINES, Ask, open_engine
-from llava.eval.question import Question, orders
-from llava.eval.run import Evaluation, RunSettings
+from llava.eval.engine import ENGINES, open_engine
+from llava.eval.question import Ask, Question, orders
+from llava.eval.run import Evaluation
+from llava.eval.settings import RunSettings
 from tests.oracles import first_position, knows, oracle, uniform
 
 COLOURS = ("red", "green", "large blue", "yellow")
@@ -44,7 +45,7 @@ def answers(vlm, name: str, found: list[tuple[Question, int]], symbols: str) -> 
     for question, gold in found:
         n = len(question.options)
         asks = [Ask(question.render(order, symbols), symbols[:n]) for order in orders(n, "")]
-        replies = engine.item([], asks).reply(range(len(asks)))
+        replies = engine.item([], asks).reply(asks)
         wanted = [question.symbol(gold, order, symbols) for order in orders(n, "")]
         right.append([r.text == symbol for r, symbol in zip(replies, wanted, strict=True)])
     return np.array(right)
@@ -85,7 +86,8 @@ def run(vlm, folder, found, **settings) -> dict:
     if not (folder / "sqa").exists():
         write_sqa(folder / "sqa", found)
     out = folder / f"out {vlm.fingerprint}"
-    evaluation = Evaluation(RunSettings("sqa", str(folder / "sqa"), "oracle", str(out), **settings))
+    where = {"benchmark": "sqa", "data": str(folder / "sqa"), "model": "oracle", "out": str(out)}
+    evaluation = Evaluation(RunSettings(**where, **settings))
     evaluation.vlm = vlm
     summary = json.loads((evaluation.execute() / "summary.json").read_text())
     return {name: reading["counted"] for name, reading in summary["readings"].items()}

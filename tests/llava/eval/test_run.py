@@ -15,7 +15,8 @@ import pytest
 from llava.errors import DataError, UsageError
 from llava.eval.__main__ import main
 from llava.eval.records import read_attacks
-from llava.eval.run import Evaluation, RunSettings
+from llava.eval.run import Evaluation
+from llava.eval.settings import RunSettings
 from llava.images import BadImage
 from llava.launch import process
 from tests.faults import faulty_os

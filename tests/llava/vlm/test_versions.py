@@ -1,18 +1,28 @@
-"""The shared prefix changes the price of a score and nothing else."""
+"""The shared prefix changes the price of a score and nothing else; a tree holds every text once."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llava.tokens import IGNORE_INDEX
-from llava.vlm import versions as choices
+from llava.vlm import versions as versions_module
 from llava.vlm.prefix import can_share, common_prefix
-from llava.vlm.versions import run_together, score
+from llava.vlm.versions import (
+    attention_mask,
+    can_grow,
+    grow,
+    run_together,
+    score,
+    window_of,
+)
 from tests.tiny_models import TEXT, VISION
 
 IMAGE, N_IMAGE, VOCABULARY = 120, 16, 121
@@ -194,7 +204,7 @@ def test_the_image_and_the_prefix_are_computed_once(model, pixels):
 def test_batches_are_bounded(model, pixels, monkeypatch):
     head = model.get_output_embeddings()
     whole = score(run_together(model, ORDERS, pixels), head)
-    monkeypatch.setattr(choices, "MAX_TOKENS", 3 * (N_SHARED + N_REST) + 1)
+    monkeypatch.setattr(versions_module, "MAX_TOKENS", 3 * (N_SHARED + N_REST) + 1)
     with calls_of(model) as seen:
         run = run_together(model, ORDERS, pixels)
     assert seen[2:] == [("text", 3, N_REST), ("text", 1, N_REST)]
@@ -209,22 +219,17 @@ def test_equal_versions_are_run_once_and_tie_exactly(model, pixels):
 
 
 def test_common_prefix_stops_at_the_first_difference_of_ids_or_labels():
-    def found(*versions, image=None):
-        stacked = [
-            torch.nn.utils.rnn.pad_sequence([getattr(v, name) for v in versions], True, fill)
-            for name, fill in (("input_ids", 0), ("labels", IGNORE_INDEX))
-        ]
-        lengths = [len(v.input_ids) for v in versions]
-        return common_prefix(*stacked, lengths, hf.LlavaConfig(image_token_id=image or IMAGE))
+    def common(*versions, image=IMAGE):
+        return common_prefix(versions, hf.LlavaConfig(image_token_id=image))
 
     a = version([5, 6, 7], ([8, 9], True))
-    assert found(a, version([5, 6, 7], ([8, 4], True))) == 3
-    assert found(a, version([5, 6, 7, 8], ([9], True))) == 2
-    assert found(a, a) == 4
-    assert found(a, version([5, 6])) == 1
-    assert found(a, version([4, 6])) == 0
-    assert found(a, version([5, 6, 7], ([8, 4], True)), image=8) == 0
-    assert found(a, version([5, 6, 7], ([8, 4], True)), image=7) == 3
+    assert common(a, version([5, 6, 7], ([8, 4], True))) == 3
+    assert common(a, version([5, 6, 7, 8], ([9], True))) == 2
+    assert common(a, a) == 4
+    assert common(a, version([5, 6])) == 1
+    assert common(a, version([4, 6])) == 0
+    assert common(a, version([5, 6, 7], ([8, 4], True)), image=8) == 0
+    assert common(a, version([5, 6, 7], ([8, 4], True)), image=7) == 3
 
 
 def test_what_cannot_be_shared(model):
@@ -246,3 +251,50 @@ def test_versions_with_token_inputs_are_run_apart(model, pixels):
     plain = score(run_together(model, ORDERS, pixels), model.get_output_embeddings())
     found = score(run, model.get_output_embeddings())
     torch.testing.assert_close(found.nll_sum, plain.nll_sum, **CLOSE)
+
+
+# ---- trees
+
+TREES = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8)
+
+
+@given(TREES)
+def test_every_text_is_the_way_to_its_end(texts):
+    tree = grow(texts)
+    assert [tree.ids[tree.sees[end]].tolist() for end in tree.ends] == texts
+    assert [int(tree.depths[end]) for end in tree.ends] == [len(text) - 1 for text in texts]
+    assert not tree.sees.triu(1).any()  # nodes come after their parents
+    beginnings = {tuple(text[: k + 1]) for text in texts for k in range(len(text))}
+    assert len(tree.ids) == len(beginnings)
+
+
+@given(TREES, st.integers(0, 4), st.none() | st.integers(1, 7))
+def test_mask_is_what_each_text_would_see_alone(texts, n, window):
+    tree = grow(texts)
+    positions = n + tree.depths
+    mask = attention_mask(tree.sees, torch.cat([torch.arange(n), positions]), window)[0, 0]
+    keys = [*range(n), *positions.tolist()]
+    for query, row in enumerate(mask.tolist()):
+        for key, seen in enumerate(row):
+            on_its_way = key < n or bool(tree.sees[query, key - n])
+            near = window is None or n + int(tree.depths[query]) - keys[key] < window
+            assert seen == (on_its_way and near)
+
+
+@pytest.mark.parametrize(
+    ("text", "one", "window"),
+    [
+        ({}, True, None),
+        ({"sliding_window": 9}, True, 9),
+        ({"sliding_window": 9, "layer_types": ["full_attention"] * 2}, True, None),
+        ({"sliding_window": 9, "layer_types": ["sliding_attention"] * 2}, True, 9),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, False, None),
+        ({"layer_types": ["chunked_attention"] * 2}, False, None),
+    ],
+)
+def test_windows(text, one, window):
+    config = SimpleNamespace(**text)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    assert can_grow(model) == one
+    if one:
+        assert window_of(model) == window

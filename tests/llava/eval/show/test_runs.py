@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llava.errors import DataError, UsageError
 from llava.eval.show.runs import Run, read_runs
+from llava.eval.show.table import join
+from llava.eval.tasks import Task
 
 
 def names(*folders):
@@ -39,8 +43,17 @@ def test_a_run_that_is_not_finished(asked, tmp_path):
         read_runs([tmp_path])
 
 
+def test_a_benchmark_that_is_not_here_is_called_by_its_name_and_stands_last():
+    summary = {"benchmark": "toy", "published": {"accuracy": 60.0, "other": 50.0}}
+    run = Run(None, "m", "m", "", summary)
+    assert (run.task.title, run.task.place) == ("toy", Task.place)
+    table = join([run, replace(run, summary=summary | {"benchmark": "mme"})], "exact")
+    assert [group.title for group in table.groups] == ["MME", "toy"]
+    assert table.rows["m"]["toy", "accuracy"] == 60.0 and ("toy", "other") not in table.rows["m"]
+
+
 def test_published_is_the_first_metric_and_every_split_of_gqa_ood():
     splits = {"original": 60.0, "all": 50.0, "head": 56.0, "tail": 34.0}
     for benchmark, found in (("gqa_ood", splits | {"avg": 50.0}), ("gqa", {"original": 60.0})):
         summary = {"benchmark": benchmark, "published": splits}
-        assert Run(None, "m", "m", "", summary).published() == found
+        assert Run(None, "m", "m", "", summary).task.headline(splits) == found

@@ -9,11 +9,11 @@ import pytest
 
 from llava.errors import UserError
 from llava.eval.question import LETTERS
-from llava.eval.tasks import Item, find_task, task_names
+from llava.eval.tasks import Item, Task, find_task, task_names
 
 WORLD = Path(__file__).parents[4] / "mini" / "fixture" / "eval"
 ATTACKED = {"sqa", "seed", "mmbench", "mmbench_cn", "aokvqa", "mmmu", "arc_e", "boolq"}
-FOLDERS = {"sqa": "scienceqa", "seed": "seed_bench", "gqa_ood": "gqa", "mme": "MME"}
+TITLES = "ScienceQA SEED-Bench MMBench-EN MMBench-CN A-OKVQA MMMU ARC-e BoolQ GQA GQA-OOD POPE"
 SUBMITTED = {"sqa", "seed", "mmbench", "mmbench_cn", "aokvqa", "mmmu", "gqa", "gqa_ood", "mme"}
 ONE_FILE = {"aokvqa": "aokvqa_v1p0_val.json", "boolq": "dev.jsonl", "arc_e": "ARC-Easy-Test.jsonl"}
 ONE_FILE |= {"sqa": "llava_test_CQM-A.json", "seed": "llava-seed-bench.jsonl"}
@@ -24,7 +24,13 @@ ONE_FILE |= {"gqa": "llava_gqa_testdev_balanced.jsonl"}
 
 
 def folder(name):
-    return WORLD / FOLDERS.get(name, name)
+    return WORLD / find_task(name).folder
+
+
+def test_tables_have_their_titles_in_the_order_of_ardss():
+    tasks = sorted(map(find_task, task_names()), key=lambda task: task.place)
+    assert [task.title for task in tasks] == [*TITLES.split(), "TextVQA", "MME"]
+    assert Task.place > tasks[-1].place  # others follow
 
 
 @pytest.mark.parametrize("name", task_names())

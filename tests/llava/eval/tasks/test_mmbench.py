@@ -13,6 +13,7 @@ from openpyxl import load_workbook
 from llava.errors import DataError, UsageError
 from llava.eval.__main__ import main
 from llava.eval.tasks import find_task
+from llava.eval.tasks.mmbench import workbook
 
 COLUMNS = "index question hint A B C D answer category image".split()
 PICTURE = base64.b64encode(b"picture").decode()
@@ -183,3 +184,16 @@ def test_predictions_for_the_server_are_written_though_nothing_can_be_scored(rea
         main([*words.split(), "--submission", str(tmp_path / "out")])
     sheet = load_workbook(tmp_path / "out" / "mmbench.xlsx").active
     assert [cell.value for cell in next(sheet.iter_rows(min_row=2))] == [1, "Which?", *"wxyzB"]
+
+
+def test_cells_come_back():
+    rows = [["index", "prediction"], [1, "=1+1"], [2, None], [3, "a\x00b\nc"], [4, "350°F"]]
+    sheet = load_workbook(io.BytesIO(workbook(rows))).active
+    assert [[cell.value for cell in row] for row in sheet.rows] == [
+        ["index", "prediction"],
+        [1, "=1+1"],
+        [2, None],
+        [3, "ab\nc"],
+        [4, "350°F"],
+    ]
+    assert sheet["B2"].data_type == "s" and sheet["A2"].data_type == "n"

@@ -9,15 +9,14 @@ import random
 import pytest
 
 from llava.errors import UsageError
-from llava.eval.engine import Reply
 from llava.eval.numbers import collect, four, summarise
-from llava.eval.prompts import Plan, gold_symbols, pick_symbols, prompts, put, record, units
-from llava.eval.question import LETTERS, SYMBOLS, Question
+from llava.eval.question import LETTERS, SYMBOLS, Question, Reply
 from llava.eval.reading import READINGS
 from llava.eval.records import Head
+from llava.eval.schedule import Schedule, gold_symbols, pick_symbols
 from llava.eval.tasks.base import Item
 
-ALL = Plan("toy", (LETTERS, SYMBOLS["qwer"]))
+ALL = Schedule("toy", (LETTERS, SYMBOLS["qwer"]))
 EARLY = dataclasses.replace(ALL, until_failure=True)
 
 
@@ -46,13 +45,13 @@ def answers(seed, accuracy):
     return reply
 
 
-def ask_all(items, plan, model):
+def ask_all(items, schedule, model):
     """Records of all items, and the arrays made of them."""
-    head = Head("toy", "m", len(items), LETTERS, SYMBOLS["qwer"], True, plan.until_failure)
+    head = Head("toy", "m", len(items), LETTERS, SYMBOLS["qwer"], True, schedule.until_failure)
     records = [
-        record(asked, row, item, True, row)
+        asked.record(row, item, True, row)
         for row, item in enumerate(items)
-        for asked in put(item, plan, lambda asks, item=item: model(asks, item))
+        for asked in schedule.put(item, lambda asks, item=item: model(asks, item))
     ]
     return records, collect(head, records, "here")
 
@@ -67,10 +66,10 @@ def test_rotations_are_one_unit_when_all_orders_are_asked():
         item(5, ("w", "w", "x")),
         item(6, ("w", "x", "x")),
     ]
-    assert units(items, ALL) == [[0, 1, 4], [2], [3], [5], [6]]
-    asked = {ask.text for ask in prompts(items[0], ALL)}
-    assert asked == {ask.text for ask in prompts(items[1], ALL)} and len(asked) == 12
-    assert units(items, dataclasses.replace(ALL, all_orders=False)) == [
+    assert ALL.units(items) == [[0, 1, 4], [2], [3], [5], [6]]
+    asked = {ask.text for ask in ALL.asks(items[0])}
+    assert asked == {ask.text for ask in ALL.asks(items[1])} and len(asked) == 12
+    assert dataclasses.replace(ALL, all_orders=False).units(items) == [
         [0, 4],
         [1],
         [2],
@@ -82,28 +81,28 @@ def test_rotations_are_one_unit_when_all_orders_are_asked():
 
 def test_open_questions_with_the_same_words_and_picture_are_one_unit():
     items = [Item(i, text, images=(p,)) for i, (text, p) in enumerate(["aX", "bX", "aX", "aY"])]
-    assert units(items, Plan("toy", (), all_orders=False)) == [[0, 2], [1], [3]]
+    assert Schedule("toy", (), all_orders=False).units(items) == [[0, 2], [1], [3]]
 
 
 def test_without_symbols_items_are_asked_as_they_are_worded():
     """Also those of a benchmark that has options but is not attacked."""
-    plan = Plan("toy", (), all_orders=False)
+    schedule = Schedule("toy", (), all_orders=False)
     for one in (Item(0, "Why?"), dataclasses.replace(item(), prompt="Why?")):
-        (asked,) = put(one, plan, lambda asks: [Reply("because")] * len(asks))
-        found = record(asked, 0, one, True, 0)
+        (asked,) = schedule.put(one, lambda asks: [Reply("because")] * len(asks))
+        found = asked.record(0, one, True, 0)
         assert (found.prompt, found.text, found.symbols, found.gold) == ("Why?", "because", "", [])
 
 
 def test_all_orders_under_both_symbols():
-    asks = prompts(item(), ALL)
+    asks = ALL.asks(item())
     assert [ask.symbols for ask in asks] == ["ABC"] * 6 + ["QWE"] * 6
     assert asks[0].text == "Which?\nA. w\nB. x\nC. y\nSay."
     assert asks[11].text == "Which?\nQ. y\nW. x\nE. w\nSay."
-    assert len(prompts(item(options="abcdefg"), ALL)) == 240
+    assert len(ALL.asks(item(options="abcdefg"))) == 240
 
 
 def test_sampled_orders_belong_to_the_item():
-    asks = [[ask.text for ask in prompts(item(i, "abcdefg"), ALL)] for i in (0, 0, 1)]
+    asks = [[ask.text for ask in ALL.asks(item(i, "abcdefg"))] for i in (0, 0, 1)]
     assert asks[0] == asks[1] != asks[2]
 
 
@@ -116,13 +115,13 @@ def test_equal_options_are_right_together_and_a_hidden_one_never():
 
 def test_a_record_says_everything_of_a_prompt():
     reply = lambda asks: [Reply("E", (0.1, 0.2, 0.3))] * len(asks)  # noqa: E731
-    *_, last = put(item(7, gold=1, group="g"), ALL, reply)
-    found = record(last, 4, item(7, gold=1, group="g"), False, 2)
+    *_, last = ALL.put(item(7, gold=1, group="g"), reply)
+    found = last.record(4, item(7, gold=1, group="g"), False, 2)
     assert (found.question_id, found.row, found.group, found.counted) == (7, 4, "g", False)
     assert (found.symbols, found.order, found.gold) == ("QWE", [2, 1, 0], ["W"])
     assert found.options == {"Q": 2, "W": 1, "E": 0}
     assert (found.text, found.logits, found.same) == ("E", [0.1, 0.2, 0.3], 2)
-    assert record(last, 2, item(7), True, 2).same is None
+    assert last.record(2, item(7), True, 2).same is None
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 0.3, 0.9, 0.99, 1.0])
@@ -148,7 +147,7 @@ def test_six_options_are_sampled_and_the_summary_says_so():
 
 def test_nothing_more_is_asked_after_a_wrong_given_order():
     wrong = lambda asks: [Reply("B", (0.0, 1.0, 0.0))] * len(asks)  # noqa: E731
-    assert [asked.order for asked in put(item(), EARLY, wrong)] == [(0, 1, 2)] * 2
+    assert [asked.order for asked in EARLY.put(item(), wrong)] == [(0, 1, 2)] * 2
 
 
 def test_the_hardest_order_is_asked_second():
@@ -161,7 +160,7 @@ def test_the_hardest_order_is_asked_second():
         right = ["ABC"["w x y".split().index("w") if not s else s.index("w")] for s in shown]
         return [Reply(symbol, (2.0, 1.0, 1.5)) for symbol in right]
 
-    list(put(item(gold=0), dataclasses.replace(EARLY, symbols=(LETTERS,)), reply))
+    list(dataclasses.replace(EARLY, symbols=(LETTERS,)).put(item(gold=0), reply))
     # the right option w at B (1.0), its strongest rival y (1.5) at A (2.0)
     assert asked[1].text.split("\n")[1:-1] == ["A. y", "B. w", "C. x"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava.eval.vqa_normalise import normalise
+from llava.eval.tasks.textvqa import normalise
 
 
 @pytest.mark.parametrize(

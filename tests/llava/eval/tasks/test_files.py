@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from llava.errors import DataError, UsageError
-from llava.eval.tasks.parquet import BATCH, Picture, read_questions
+from llava.eval.tasks.files import BATCH, Picture, read_questions
 from tests.llava.eval.tasks.hub import picture, write
 
 

@@ -1,7 +1,8 @@
-"""Question files as benchmarks' owners publish them: one JSON file, or Hugging Face parquet.
+"""Reading the files that benchmarks come in, every bad row one clear line.
 
-A split in parquet is one file or several, `<split>-00000-of-00003.parquet`, ...; all its parts must
-be there. Pictures stay encoded bytes.
+JSON lists and JSON lines, LLaVA's and the owners', and parquet as on Hugging Face. A split in
+parquet is one file or several, `<split>-00000-of-00003.parquet`, ...; all its parts must be there.
+Pictures stay encoded bytes.
 """
 
 from __future__ import annotations
@@ -16,19 +17,82 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava.errors import DataError, UsageError
-from llava.eval.tasks.rows import find_file, read_rows
+from llava.eval.tasks.base import Id
+from llava.records import raw_records
 
+SHORT = "Answer the question using a single word or phrase."
+"""LLaVA's instruction for short answers, a line of its own after the question"""
 BATCH = 64
-"""rows read at a time: of pictures of a megabyte, not the whole file at once"""
+"""rows of parquet read at a time: of pictures of a megabyte, not the whole file at once"""
 _PART = re.compile(r".*-(\d{5})-of-(\d{5})\b.*\.parquet")
 
 T = TypeVar("T")
+
+
+class QuestionRow(msgspec.Struct):
+    """One line of LLaVA's question files."""
+
+    question_id: Id
+    image: str
+    text: str
+    category: str = "default"
 
 
 class Picture(msgspec.Struct, rename={"content": "bytes"}):
     """A cell of Hugging Face's image type."""
 
     content: bytes | None = None
+
+
+# ---- where they are
+
+
+def folder_of(data: Path) -> Path:
+    """The benchmark's folder, when `data` is that folder or a file in it."""
+    return data if data.is_dir() else data.parent
+
+
+def question_file(data: Path, name: str) -> Path:
+    """`data` itself if it is a file, else the file `name` in the folder."""
+    return data / name if data.is_dir() else data
+
+
+def find_file(folder: Path, name: str, below: Sequence[str]) -> Path | None:
+    """The first of `folder/name` and `folder/<below>/name` that exists, else None."""
+    paths = (folder / place / name for place in ("", *below))
+    return next((path for path in paths if path.is_file()), None)
+
+
+# ---- JSON
+
+
+def read_rows(path: Path, kind: type[T]) -> list[T]:
+    """The records of a JSON list or JSON-lines file, each a `kind`.
+
+    Raises UsageError if the file cannot be read, DataError naming file and row for a bad one.
+    """
+    return [_decoded(raw, kind, f"{path}: row {i}") for i, raw in enumerate(raw_records(path))]
+
+
+def read_document(path: Path, kind: type[T]) -> T:
+    """A whole JSON file as a `kind`; UsageError if unreadable, DataError if something else."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    return _decoded(content, kind, str(path))
+
+
+def _decoded(raw: Any, kind: type[T], where: str) -> T:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(
+            f"{where}: {error}; is this the file that the benchmark's owners publish?"
+        ) from error
+
+
+# ---- JSON or parquet
 
 
 def read_questions(
@@ -40,15 +104,15 @@ def read_questions(
     `split`, there or in one of the folders `below`. Raises UsageError if there is none, or one
     that cannot be read, DataError naming file and row for a bad row or a missing part.
     """
-    for path in _files(data, split, name, below):
+    for path in _question_files(data, split, name, below):
         if path.suffix == ".parquet":
-            yield from _rows(path, kind)
+            yield from _parquet_rows(path, kind)
         else:
             rows = read_rows(path, kind)
             yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows))
 
 
-def _files(data: Path, split: str, name: str, below: Sequence[str]) -> list[Path]:
+def _question_files(data: Path, split: str, name: str, below: Sequence[str]) -> list[Path]:
     if not data.is_dir():
         return [data]
     if name and (path := find_file(data, name, below)):
@@ -57,20 +121,20 @@ def _files(data: Path, split: str, name: str, below: Sequence[str]) -> list[Path
         if paths := sorted(data.glob(f"{folder}/{split}-*.parquet")):
             _check_parts(paths)
             return paths
-    wanted = " nor ".join(filter(None, (name, f"{split}-*.parquet")))
-    raise UsageError(f"{data}: no {wanted}; give the folder or file of the benchmark's owners")
+    names = " nor ".join(filter(None, (name, f"{split}-*.parquet")))
+    raise UsageError(f"{data}: no {names}; give the folder or file of the benchmark's owners")
 
 
 def _check_parts(paths: Sequence[Path]) -> None:
     """DataError unless all parts of each folder's split are among `paths`."""
-    found = {(path.parent, int(m[1])): m for path in paths if (m := _PART.fullmatch(path.name))}
-    for (folder, _), match in found.items():
+    parts = {(path.parent, int(m[1])): m for path in paths if (m := _PART.fullmatch(path.name))}
+    for (folder, _), match in parts.items():
         for number in range(int(match[2])):
-            if (folder, number) not in found:
+            if (folder, number) not in parts:
                 raise DataError(f"{folder}: part {number} of {match[2]} is missing; download it")
 
 
-def _rows(path: Path, kind: type[T]) -> Iterator[tuple[str, T]]:
+def _parquet_rows(path: Path, kind: type[T]) -> Iterator[tuple[str, T]]:
     try:
         with path.open("rb") as content:
             file = pq.ParquetFile(content)
