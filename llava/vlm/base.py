@@ -81,17 +81,23 @@ class ForwardOut:
 
 
 class StableRows(TorchFunctionMode):
-    """Pads linear layers of fewer than `MIN_ROWS` rows on the CPU, so that no row's result depends
-    on how many others it is computed with (image mergers and heads see few rows)."""
+    """Linear layers on the CPU whose rows do not depend on how many others they are computed with.
+
+    Fewer than `MIN_ROWS` rows (image mergers and heads see few) are padded. Every input becomes one
+    matrix in one piece: the image states without the class token's are that already for a single
+    image, not for two, and PyTorch adds the bias inside the product only where they are, which
+    rounds once in bfloat16 instead of twice.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.linear and args[0].is_cpu:
             x = args[0]
             rows = x.numel() // max(x.shape[-1], 1)
+            flat = x.reshape(rows, x.shape[-1]).contiguous()
             if rows < MIN_ROWS:
-                flat = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, MIN_ROWS - rows))
-                out = func(flat, *args[1:], **(kwargs or {}))
-                return out[:rows].reshape(*x.shape[:-1], out.shape[-1])
+                flat = F.pad(flat, (0, 0, 0, MIN_ROWS - rows))
+            out = func(flat, *args[1:], **(kwargs or {}))
+            return out[:rows].reshape(*x.shape[:-1], out.shape[-1])
         return func(*args, **(kwargs or {}))
 
 

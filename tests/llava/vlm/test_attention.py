@@ -76,6 +76,7 @@ def test_row_over_a_cached_prefix():
     torch.testing.assert_close(found[0].tolist(), row, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.bits
 def test_batch_does_not_change_a_bit():
     query, key = tensors(64, 64, heads=8, groups=4, batch=7, width=16)
     last = torch.randint(64, (7,), generator=torch.Generator().manual_seed(1))

@@ -54,6 +54,7 @@ def test_padded_length_is_enough_and_never_much():
     assert waste[long].mean() < 0.03
 
 
+@pytest.mark.bits
 def test_stable_rows_ignore_how_many_there_are():
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 48, generator=generator) for n in (40, 64))
@@ -62,6 +63,19 @@ def test_stable_rows_ignore_how_many_there_are():
         for n in range(1, 40):
             assert torch.equal(F.linear(x[:n], weight), whole[:n])
         assert torch.equal(F.linear(x[:6].view(2, 3, 48), weight), whole[:6].view(2, 3, 64))
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stable_rows_ignore_whether_an_input_is_in_one_piece(dtype):
+    """The states of one image without its first token are, those of several are not."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (3, 17, 48), (64, 48), (64,)
+    x, weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in sizes)
+    pieces = x[:, 1:]
+    with StableRows():
+        apart, whole = (F.linear(y, weight, bias) for y in (pieces, pieces.contiguous()))
+    assert torch.equal(apart, whole)
 
 
 def supervised_text(proxy, item) -> str:

@@ -48,11 +48,11 @@ def test_bfloat16_depends_on_batches_and_threads_by_less_than_it_rounds(
     name, tmp_path, set_threads
 ):
     """Here the kernels are oneDNN's: on some processors they differ by the number of rows."""
-    files = BUILDERS[name](tmp_path / "model"), *save_pool(tmp_path / "pool", 24)
+    files = BUILDERS[name](tmp_path / "model"), *save_pool(tmp_path / "pool", 16)
     exact = World(*files).extract(tmp_path / "exact")
     world = World(*files, dtype="bfloat16")
     alone = world.extract(tmp_path / "1", batch_size=1)
-    for batch_size, n_threads in [(3, 1), (64, 1), (3, 2)]:
+    for batch_size, n_threads in [(3, 1), (64, 2)]:
         set_threads(n_threads)
         store = tmp_path / f"{batch_size}-{n_threads}"
         together = world.extract(store, batch_size=batch_size, block_size=7)
