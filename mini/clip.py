@@ -27,7 +27,7 @@ from llava.errors import UsageError
 from llava.files import atomic_write, make_folder
 from llava.flags import Parser
 from llava.images import open_image
-from llava.model.weights import quiet_transformers
+from llava.model.sources import quiet_transformers
 from mini import SHIPPED
 from selection.pool.pool import Pool
 from selection.signals.clip import distinct_images, image_owner, text_of

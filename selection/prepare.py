@@ -166,11 +166,13 @@ def co_train(
 
 def shape(recipe: Recipe, flags: Sequence[str]) -> dict[str, Any]:
     """What shapes a model trained by `recipe` but for the samples: models by their contents."""
-    from llava.model.checkpoint import fingerprint
+    from llava.model.checkpoint import Checkpoint
 
     contents = {
-        "model": fingerprint(recipe.model),
-        "vision_tower": fingerprint(recipe.vision_tower) if recipe.vision_tower else None,
+        "model": Checkpoint.open(recipe.model).fingerprint(),
+        "vision_tower": Checkpoint.open(recipe.vision_tower).fingerprint()
+        if recipe.vision_tower
+        else None,
         "projector": _sha256(recipe.projector) if recipe.projector else None,
     }
     return {**recipe.shape(flags), **contents, "images": str(Path(recipe.images).resolve())}

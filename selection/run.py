@@ -120,10 +120,10 @@ class Execution:
         if files := method.files():
             identity["files"] = {n: output.describe_file(Path(path)) for n, path in files.items()}
         if others:
-            from llava.model.checkpoint import fingerprint
+            from llava.model.checkpoint import Checkpoint
 
             identity["checkpoints"] = {
-                name: fingerprint(path, base or job.proxy.model_base)
+                name: Checkpoint.open(path, base or job.proxy.model_base).fingerprint()
                 for name, (path, base) in others.items()
             }
         if self.targets:

@@ -28,11 +28,11 @@ from transformers import LlavaConfig
 from llava.errors import UsageError
 from llava.files import write_json, writing, writing_folder
 from llava.model import lora
-from llava.model.checkpoint import Loaded, outline
+from llava.model.checkpoint import Checkpoint, Loaded
 from llava.model.export import original_config, save_hf, save_original, save_projector, tower_name
 from llava.model.projector import DEFAULT_TYPE, type_in
-from llava.model.sources import SETTINGS_FILE, Kind, inspect, settings_in
-from llava.model.weights import PROJECTOR, State, find_directory, read_json
+from llava.model.sources import ADAPTER_CONFIG, NON_LORA, SETTINGS_FILE, Kind, read_json
+from llava.model.weights import PROJECTOR, State
 
 _WHOLE = {"hf": save_hf, "original": save_original, "projector": save_projector}
 _ADAPTERS = ("hf-lora", "lora")
@@ -57,20 +57,31 @@ def convert(
             name in the checkpoint, or CLIP-L/336 if the tower has its shape.
 
     Raises UsageError (nothing to convert, `out` in use, a target that cannot hold the model) and
-    all that `llava.model.checkpoint.load` raises.
+    all that `Checkpoint.load` raises.
     """
-    folder = find_directory(path)
-    with whole_directory(Path(out)) as temp:
+    _write(Checkpoint.open(path, base), target, Path(out), dtype, vision_tower)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    target: str,
+    out: Path,
+    dtype: torch.dtype | None,
+    vision_tower: str | None = None,
+) -> None:
+    with whole_directory(out) as temp:
         if target in _ADAPTERS:
-            _convert_lora(folder, target, temp, base, dtype, vision_tower)
+            _convert_lora(checkpoint, target, temp, dtype, vision_tower)
             return
-        loaded, source = outline(folder, base)
+        loaded, state = checkpoint.outline()
         if not isinstance(loaded.model.config, LlavaConfig):
-            raise UsageError(f"{folder}: {loaded.kind}, without a vision tower; give a LLaVA")
+            raise UsageError(
+                f"{checkpoint.folder}: {loaded.kind}, without a vision tower; give a LLaVA"
+            )
         loaded.vision_tower = vision_tower or loaded.vision_tower
         if target != "hf":
             _check_tower(loaded)
-        _WHOLE[target](loaded, temp, dtype, source.state)
+        _WHOLE[target](loaded, temp, dtype, state)
 
 
 def _check_tower(loaded: Loaded) -> None:
@@ -85,10 +96,12 @@ def merge(
     path: str | Path, base: str | Path, out: str | Path, dtype: torch.dtype | None = None
 ) -> None:
     """Merge a LoRA or a projector into the model it was trained on: a llava-hf directory."""
-    kind = inspect(path)
-    if kind not in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY):
-        raise UsageError(f"{path}: is {kind}, nothing to merge; to convert it use convert")
-    convert(path, "hf", out, base=base, dtype=dtype)
+    checkpoint = Checkpoint.open(path, base)
+    if checkpoint.kind not in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY):
+        raise UsageError(
+            f"{path}: is {checkpoint.kind}, nothing to merge; to convert it use convert"
+        )
+    _write(checkpoint, "hf", Path(out), dtype)
 
 
 @contextmanager
@@ -102,34 +115,36 @@ def whole_directory(out: Path) -> Iterator[Path]:
 
 
 def _convert_lora(
-    folder: Path,
+    checkpoint: Checkpoint,
     target: str,
     out: Path,
-    base: str | Path | None,
     dtype: torch.dtype | None,
     vision_tower: str | None,
 ) -> None:
-    kind = inspect(folder)
-    if kind is not Kind.LLAVA_LORA:
-        raise UsageError(f"{folder}: is {kind}, no LoRA; for whole models use --to hf or original")
-    lora.scale(folder)
+    folder = checkpoint.folder
+    if checkpoint.kind is not Kind.LLAVA_LORA:
+        raise UsageError(
+            f"{folder}: is {checkpoint.kind}, no LoRA; for whole models use --to hf or original"
+        )
+    lora.scale(folder)  # refuses an adapter of another formula
     factors, others = lora.read(folder)
     _check_portable(folder, factors, others)
-    settings = settings_in(folder, partial=True)
+    settings = checkpoint.settings(partial=True)
     if settings:
         write_json(out / SETTINGS_FILE, settings)
-    config = {**read_json(folder / lora.ADAPTER_CONFIG), "base_model_name_or_path": _name(base)}
+
+    # The base is recorded as a place, or as a hub name as it is.
+    base = checkpoint.base_name
+    if base and Path(base).is_dir():
+        base = Path(base).resolve()
+    name = base and str(base)
+    config = {**read_json(folder / ADAPTER_CONFIG), "base_model_name_or_path": name}
     if target == "hf-lora":
         _write_peft(folder, factors, others, config, out, dtype)
     else:
-        values = _lora_config(folder, out, base, vision_tower)
+        values = _lora_config(checkpoint, out, vision_tower)
         _write_original_lora(factors, others, config, out, dtype)
         write_json(out / "config.json", values)
-
-
-def _name(base: str | Path | None) -> str | None:
-    """What an adapter's configuration says of its base: a place, or a hub name as it is."""
-    return str(Path(base).resolve()) if base and Path(base).is_dir() else base and str(base)
 
 
 def _check_portable(folder: Path, factors: dict[str, Any], others: State) -> None:
@@ -165,7 +180,7 @@ def _write_peft(
         target_modules=lora.layer_pattern(leaves),
         modules_to_save=["multi_modal_projector"] if projector else None,
     )
-    write_json(out / lora.ADAPTER_CONFIG, config)
+    write_json(out / ADAPTER_CONFIG, config)
 
 
 def _write_original_lora(
@@ -178,10 +193,10 @@ def _write_original_lora(
     _save_adapter(lora.named_factors(factors, lora.original_name), out, dtype)
     if projector:
         cast = {name: tensor.to(dtype=dtype) for name, tensor in projector.items()}
-        lora.save_projector(cast, out / lora.NON_LORA, prefix=lora.PREFIX)
+        lora.save_projector(cast, out / NON_LORA, prefix=lora.PREFIX)
     leaves = sorted({name.split(".")[-2] for name in factors})
     config.update(target_modules=leaves, modules_to_save=None)
-    write_json(out / lora.ADAPTER_CONFIG, config)
+    write_json(out / ADAPTER_CONFIG, config)
 
 
 def _save_adapter(named: State, out: Path, dtype: torch.dtype | None) -> None:
@@ -190,19 +205,16 @@ def _save_adapter(named: State, out: Path, dtype: torch.dtype | None) -> None:
         save_file(tensors, temp, metadata={"format": "pt"})
 
 
-def _lora_config(
-    folder: Path, out: Path, base: str | Path | None, vision_tower: str | None
-) -> dict[str, Any]:
+def _lora_config(checkpoint: Checkpoint, out: Path, vision_tower: str | None) -> dict[str, Any]:
     """LLaVA's config.json for a LoRA: its own, or made from its base."""
-    path = folder / "config.json"
-    values = read_json(path) if path.is_file() else {}
-    if base is None and "mm_vision_tower" not in values:
+    folder, values = checkpoint.folder, checkpoint.values
+    if checkpoint.base_name is None and "mm_vision_tower" not in values:
         raise UsageError(
             f"{folder}: no config.json of LLaVA in it; give the LLaVA it was trained on with "
             "--model-base"
         )
-    if base is not None:
-        loaded, _ = outline(folder, base)
+    if checkpoint.base_name is not None:
+        loaded, _ = checkpoint.outline()
         loaded.vision_tower = vision_tower or loaded.vision_tower
         _check_tower(loaded)
         return original_config(loaded, out)

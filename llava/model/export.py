@@ -86,7 +86,7 @@ def save_hf(loaded: Loaded, path: Path, dtype: torch.dtype | None, state: Weight
 
 def save_original(loaded: Loaded, path: Path, dtype: torch.dtype | None, state: Weights) -> None:
     """Write `loaded` as original LLaVA's full fine-tuning does, with the tokenizer's rows only."""
-    base = dict(_likes(state))
+    base = dict(lora.unmerged(state))
     for name in (EMBEDDING, OUTPUT):
         if name in base:
             base[name] = base[name][: loaded.tokenizer.vocab_size]
@@ -178,13 +178,8 @@ def _untied(model: PreTrainedModel, state: Weights) -> Weights:
     """`state` without the output layer where that is the embedding once more."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return state
-    kept = {name: tensor for name, tensor in _likes(state).items() if name != OUTPUT}
+    kept = {name: tensor for name, tensor in lora.unmerged(state).items() if name != OUTPUT}
     return state.on(kept) if isinstance(state, lora.Merged) else kept
-
-
-def _likes(state: Weights) -> Weights:
-    """Tensors of the shapes and types in `state`, without merging any."""
-    return state.base if isinstance(state, lora.Merged) else state
 
 
 def write_state(
@@ -199,13 +194,14 @@ def write_state(
     Returns the names, shapes and types of what was written, on the meta device.
     """
     names = {rename(name): name for name in state}
-    likes = _likes(state)
+    unmerged = lora.unmerged(state)
     like = {
-        new: torch.empty_like(likes[old], dtype=dtype, device="meta") for new, old in names.items()
+        name: torch.empty_like(unmerged[old], dtype=dtype, device="meta")
+        for name, old in names.items()
     }
     plan = split_torch_state_dict_into_shards(like, max_shard_size=_SHARD_SIZE)
-    for file, wanted in plan.filename_to_tensors.items():
-        tensors = {n: state[names[n]].detach().to("cpu", dtype).contiguous() for n in wanted}
+    for file, written in plan.filename_to_tensors.items():
+        tensors = {n: state[names[n]].detach().to("cpu", dtype).contiguous() for n in written}
         with writing(folder / file) as temp:
             save_file(tensors, temp, metadata={"format": "pt"})
         del tensors  # before the next file's are made
@@ -277,9 +273,9 @@ def _dtype_names(state: State) -> set[str]:
 def _rope(text: PreTrainedConfig) -> dict[str, Any]:
     """Rope settings where transformers before 5 looks for them."""
     rope = dict(text.rope_parameters or {})
-    found = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
+    base = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
     kind = rope.pop("rope_type", "default")
-    return found if kind == "default" else {**found, "rope_scaling": {"type": kind, **rope}}
+    return base if kind == "default" else {**base, "rope_scaling": {"type": kind, **rope}}
 
 
 def _preprocessor(processor: ImageProcessor) -> dict[str, Any]:

@@ -13,38 +13,30 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import LlavaConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from llava.errors import StorageError, UserError
 from llava.images import ImageProcessor
 from llava.model import lora
-from llava.model.checkpoint import count_image_tokens, outline
+from llava.model.checkpoint import Checkpoint
 from llava.model.projector import layer_prefixes, type_in
 from llava.model.sources import (
+    ADAPTER_CONFIG,
+    NON_LORA,
     PREPROCESSOR,
     PROJECTOR_FILE,
     TOKENIZER_FILES,
     Kind,
-    inspect,
     is_original,
     kind_by_config,
+    make_config,
     original_text_config,
     preprocessor_folder,
-    settings_in,
-    tokenizer_folder,
-    tower_folder,
-)
-from llava.model.weights import (
-    PROJECTOR,
-    TOWER,
-    State,
-    canonical,
-    find_directory,
-    make_config,
     read_json,
-    read_tensors,
+    tokenizer_folder,
     weight_files,
 )
+from llava.model.weights import PROJECTOR, TOWER, State, canonical, read_tensors
 from llava.tokens import load_tokenizer
 
 T = TypeVar("T")
@@ -102,43 +94,49 @@ class Report:
 def examine(path: str | Path, base: str | Path | None = None) -> Report:
     """Look at the checkpoint at `path`, and at `base` if it needs one. Raises no UserError."""
     report = Report(str(path))
-    folder = report.attempt(find_directory, path)
-    if folder is None:
+    checkpoint = report.attempt(Checkpoint.open, path, base)
+    if checkpoint is None:
         return report
-    kind, values = _about_kind(report, folder)
-    state = _about_weights(report, folder)
-    if not (kind or values or state):
-        return report
-    text = _about_language_model(report, folder, values, kind)
-    if kind is Kind.LLAVA_LORA:
-        _about_lora(report, folder)
-    _about_projector(report, folder, state)
-    _about_tower(report, folder, values, state, kind)
-    _about_inputs(report, folder, kind)
-    _about_training(report, folder)
-    if base is not None:
-        _about_base(report, base)
-    if kind and not report.problems:
-        _put_together(report, path, base, text)
-    return report
-
-
-def _about_kind(report: Report, folder: Path) -> tuple[Kind | None, dict[str, Any]]:
-    """The kind, by config.json alone where the weights are not there; and what is in that file."""
-    file = folder / "config.json"
-    kind = report.attempt(inspect, folder)
-    values = (file.is_file() and report.attempt(read_json, file)) or {}
-    if kind is None and values.get("model_type"):
+    folder = checkpoint.folder
+    kind = report.attempt(lambda: checkpoint.kind)
+    values = report.attempt(lambda: checkpoint.values) or {}
+    if kind is None and values.get("model_type"):  # by config.json alone: no weights are there
         kind = report.attempt(kind_by_config, folder)
     if kind:
         report.facts["kind"] = str(kind)
         report.facts["description"] = NAMES[kind]
-    return kind, values
+    state = _about_weights(report, folder)
+    if not (kind or values or state):
+        return report
+
+    # Each part for itself, so that one that is missing hides no other.
+    _about_language_model(report, folder, values)
+    if kind is Kind.LLAVA_LORA:
+        _about_lora(report, folder)
+    _about_projector(report, folder, state)
+    _about_tower(report, checkpoint, values, state, kind)
+    _about_inputs(report, checkpoint, kind)
+    _about_training(report, folder)
+    if base is not None:
+        about_base = examine(base)
+        report.facts["base"] = {"path": str(base), "kind": about_base.facts.get("kind")}
+        report.problems += [p for p in about_base.problems if p not in report.problems]
+
+    # What only the whole model tells: that its parts fit, and its size.
+    outline = report.attempt(checkpoint.outline) if kind and not report.problems else None
+    if outline is not None:
+        loaded, _ = outline
+        model = {"parameters": sum(p.numel() for p in loaded.model.parameters())}
+        if loaded.n_image_tokens:
+            model["image_tokens"] = loaded.n_image_tokens
+        model["model_max_length"] = loaded.model_max_length
+        report.facts["model"] = model
+    return report
 
 
 def _about_weights(report: Report, folder: Path) -> State:
     """Names and shapes in all files of weights that can be opened, under the files' names."""
-    files = [*_present(report, folder)]
+    files = _present(report, folder)
     state: State = {}
     for file in files:
         state.update(report.attempt(read_tensors, file) or {})
@@ -160,8 +158,8 @@ def _present(report: Report, folder: Path) -> list[Path]:
     if files is None:  # a shard is missing: look at the others all the same
         files = sorted({*folder.glob("model-*.safetensors"), *folder.glob("pytorch_model-*.bin")})
     adapters = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
-    others = [folder / lora.NON_LORA, folder / PROJECTOR_FILE]
     adapters = [file for file in adapters if file.is_file()][:1]
+    others = [folder / NON_LORA, folder / PROJECTOR_FILE]
     return [*files, *adapters, *(file for file in others if file.is_file())]
 
 
@@ -181,11 +179,9 @@ def layout(names: Any) -> str:
     return "language model"
 
 
-def _about_language_model(
-    report: Report, folder: Path, values: dict[str, Any], kind: Kind | None
-) -> PreTrainedConfig | None:
+def _about_language_model(report: Report, folder: Path, values: dict[str, Any]) -> None:
     if not values.get("model_type"):
-        return None
+        return
     make = original_text_config if is_original(values) else _text_config
     text = report.attempt(make, folder, values)
     if text is not None:
@@ -196,7 +192,6 @@ def _about_language_model(
             "vocabulary": text.vocab_size,
             "positions": getattr(text, "max_position_embeddings", None),
         }
-    return text
 
 
 def _text_config(folder: Path, values: dict[str, Any]) -> PreTrainedConfig:
@@ -204,19 +199,19 @@ def _text_config(folder: Path, values: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _about_lora(report: Report, folder: Path) -> None:
-    config = report.attempt(read_json, folder / lora.ADAPTER_CONFIG) or {}
+    config = report.attempt(read_json, folder / ADAPTER_CONFIG) or {}
     report.attempt(lora.scale, folder)
-    found = report.attempt(lora.read, folder)
+    adapter = report.attempt(lora.read, folder)
     report.facts["lora"] = {
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
         "targets": config.get("target_modules"),
         "base": config.get("base_model_name_or_path"),
-        "weights_adapted": len(found[0]) if found else None,
+        "weights_adapted": len(adapter[0]) if adapter else None,
     }
-    if found and not any(name.startswith(PROJECTOR) for name in found[1]):
+    if adapter and not any(name.startswith(PROJECTOR) for name in adapter[1]):
         report.notes.append(
-            f"no {lora.NON_LORA}: the projector is taken from --model-base, which must be a whole "
+            f"no {NON_LORA}: the projector is taken from --model-base, which must be a whole "
             "LLaVA; a training that changed it wrote that file"
         )
 
@@ -237,24 +232,29 @@ def _bare(state: State) -> State:
 
 
 def _about_tower(
-    report: Report, folder: Path, values: dict[str, Any], state: State, kind: Kind | None
+    report: Report,
+    checkpoint: Checkpoint,
+    values: dict[str, Any],
+    state: State,
+    kind: Kind | None,
 ) -> None:
+    config_file = checkpoint.folder / "config.json"
     inside = any(name.startswith(TOWER) for name in canonical(_bare(state)))
     name = values.get("mm_vision_tower")
     facts: dict[str, Any] = {"name": name, "weights_inside": inside}
     if kind is Kind.HF_LLAVA:
-        config = report.attempt(make_config, values, folder / "config.json")
+        config = report.attempt(make_config, values, config_file)
         vision = config and config.vision_config
     elif name is None and kind in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY):
         report.facts["vision_tower"] = {"name": "the base's"}  # trained on a whole LLaVA
         return
     elif is_original(values):
-        found = None
+        tower = None
         if not (inside and "vision_config" in values):
-            found = report.attempt(tower_folder, folder, name)
-            facts["found"] = found and str(found)
-        vision = values.get("vision_config") or (found and _vision_values(report, found))
-        vision = vision and report.attempt(make_config, vision, folder / "config.json")
+            tower = report.attempt(lambda: checkpoint.tower)
+            facts["found"] = tower and str(tower)
+        vision = values.get("vision_config") or (tower and _vision_values(report, tower))
+        vision = vision and report.attempt(make_config, vision, config_file)
     else:
         return
     if vision is not None:
@@ -268,11 +268,12 @@ def _vision_values(report: Report, folder: Path) -> dict[str, Any] | None:
     return values and {"model_type": "clip_vision_model", **values.get("vision_config", values)}
 
 
-def _about_inputs(report: Report, folder: Path, kind: Kind | None) -> None:
+def _about_inputs(report: Report, checkpoint: Checkpoint, kind: Kind | None) -> None:
     """Tokenizer, preprocessing and settings; a LoRA or projector has the base's."""
-    has_own = any((folder / name).is_file() for name in TOKENIZER_FILES[:2])
+    folder = checkpoint.folder
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES[:2])
     whole = kind in (Kind.HF_LLAVA, Kind.LLAVA_FULL, Kind.LANGUAGE_MODEL)
-    if has_own or whole:
+    if has_tokenizer or whole:
         place = report.attempt(tokenizer_folder, [folder])
         tokenizer = place and report.attempt(load_tokenizer, place)
         if tokenizer:
@@ -283,7 +284,7 @@ def _about_inputs(report: Report, folder: Path, kind: Kind | None) -> None:
         processor = place and report.attempt(ImageProcessor.from_pretrained, place)
         if processor:
             report.facts["preprocessor"] = {"image_size": processor.size}
-    settings = report.attempt(settings_in, folder, not whole)
+    settings = report.attempt(checkpoint.settings, not whole)
     if settings:
         report.facts["settings"] = settings
 
@@ -320,27 +321,6 @@ def _check_marker(folder: Path) -> None:
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
-
-
-def _about_base(report: Report, base: str | Path) -> None:
-    found = examine(base)
-    report.facts["base"] = {"path": str(base), "kind": found.facts.get("kind")}
-    report.problems += [problem for problem in found.problems if problem not in report.problems]
-
-
-def _put_together(
-    report: Report, path: str | Path, base: str | Path | None, text: PreTrainedConfig | None
-) -> None:
-    """What only the whole model tells: that its parts fit, and its size."""
-    found = report.attempt(outline, path, base)
-    if found is None:
-        return
-    loaded, _ = found
-    model = {"parameters": sum(p.numel() for p in loaded.model.parameters())}
-    if isinstance(loaded.model.config, LlavaConfig):
-        model["image_tokens"] = count_image_tokens(loaded.model.config)
-    model["model_max_length"] = loaded.model_max_length
-    report.facts["model"] = model
 
 
 def as_text(report: Report) -> str:

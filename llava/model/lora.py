@@ -22,18 +22,16 @@ from transformers import PreTrainedModel
 from llava.errors import UsageError
 from llava.files import write_json, writing
 from llava.model.projector import with_projector
+from llava.model.sources import ADAPTER_CONFIG, NON_LORA, read_json
 from llava.model.weights import (
     LANGUAGE,
     PROJECTOR,
     State,
     canonical_name,
     original_name,
-    read_json,
     read_tensors,
 )
 
-ADAPTER_CONFIG = "adapter_config.json"
-NON_LORA = "non_lora_trainables.bin"
 Factors = tuple[torch.Tensor, torch.Tensor]
 PREFIX = "base_model.model."
 _WHOLE_LAYERS = r"model\.language_model\.layers\."
@@ -113,6 +111,11 @@ class Merged(Mapping[str, torch.Tensor]):
         return Merged(base, self.factors, self.scale)
 
 
+def unmerged(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """`state` before its merge: tensors of the same names, shapes and types, at no cost."""
+    return state.base if isinstance(state, Merged) else state
+
+
 def merged(state: State, folder: Path) -> Merged:
     """Weights of a base model, under canonical names, with the LoRA in `folder`.
 
@@ -137,11 +140,10 @@ def read(folder: Path) -> tuple[dict[str, Factors], State]:
     Under canonical names, from the adapter and from non_lora_trainables.bin. Raises UsageError if
     one half of a pair is absent.
     """
-    halves, replaced = _split(read_tensors(_adapter_file(folder)))
+    tensors = read_tensors(_adapter_file(folder))
     if (folder / NON_LORA).is_file():
-        more, others = _split(read_tensors(folder / NON_LORA))
-        halves.update(more)
-        replaced.update(others)
+        tensors.update(read_tensors(folder / NON_LORA))
+    halves, replaced = _split(tensors)
     factors = {}
     for name in sorted({name for name, _ in halves}):
         down, up = halves.get((name, "A")), halves.get((name, "B"))
@@ -168,12 +170,12 @@ def low_rank(folder: Path, decoder: nn.Module) -> dict[str, LowRank]:
     By the layer's name in it (`layers.0.self_attn.q_proj`), in its dtype and on its device.
     """
     factors, s = read(folder)[0], scale(folder)
-    found = {}
+    adapted = {}
     for name, module in decoder.named_modules():
         pair = factors.get(f"{LANGUAGE}{name}.weight")
         if pair is not None and isinstance(module, nn.Linear):
-            found[name] = LowRank(*((s * half.float()).to(module.weight) for half in pair))
-    return found
+            adapted[name] = LowRank(*((s * half.float()).to(module.weight) for half in pair))
+    return adapted
 
 
 def named_factors(factors: dict[str, Factors], rename: Callable[[str], str]) -> State:

@@ -13,13 +13,19 @@ of the weights say it too: that is how a checkpoint's type is told.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from llava.errors import UsageError
 from llava.model.weights import PROJECTOR, State, canonical_name, read_tensors
@@ -50,15 +56,13 @@ def type_of(config: LlavaConfig) -> str:
 
 def type_in(state: Iterable[str], where: Path) -> str:
     """The type of the projector in `state`, by its names; UsageError if there is no whole one."""
-    found = {name.removeprefix(PROJECTOR) for name in state if name.startswith(PROJECTOR)}
-    n_layers = len([name for name in found if name.endswith("weight")])
-    kind = "linear" if "weight" in found else f"mlp{max(n_layers, 1)}x_gelu"
-    wanted = {prefix + part for prefix in layer_prefixes(kind) for part in ("weight", "bias")}
-    if found != wanted:
-        names = ", ".join(sorted(found)) or "none"
+    weights = {name.removeprefix(PROJECTOR) for name in state if name.startswith(PROJECTOR)}
+    n_layers = len([name for name in weights if name.endswith("weight")])
+    kind = "linear" if "weight" in weights else f"mlp{max(n_layers, 1)}x_gelu"
+    if weights != {prefix + part for prefix in layer_prefixes(kind) for part in ("weight", "bias")}:
         raise UsageError(
             f"{where}: no projector of type linear or mlpNx_gelu (mm_projector_type); weights of "
-            f"one in it: {names}"
+            f"one in it: {', '.join(sorted(weights)) or 'none'}"
         )
     return kind
 
@@ -92,15 +96,11 @@ class LlavaWithProjector(LlavaForConditionalGeneration):
         self.post_init()
 
 
-def llava_class(
-    config: LlavaConfig, state: Mapping[str, torch.Tensor], where: Path
-) -> type[LlavaForConditionalGeneration]:
-    """The class of a LLaVA with these weights, whose projector's type goes into `config`."""
-    kind = type_in(state, where)
-    if kind == DEFAULT_TYPE:
-        return LlavaForConditionalGeneration
-    config.mm_projector_type = kind
-    return LlavaWithProjector
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Hugging Face's class of a LLaVA or a language model; ours for a projector it lacks."""
+    if not isinstance(config, LlavaConfig):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return LlavaForConditionalGeneration if type_of(config) == DEFAULT_TYPE else LlavaWithProjector
 
 
 def read_projector(path: Path) -> State:
@@ -123,10 +123,10 @@ def check_projector_size(
 ) -> None:
     """Raise UsageError unless the projector leads from the tower to the language model."""
     first = layer_prefixes(type_in(state, where))[0]
-    found = tuple(state[f"{PROJECTOR}{first}weight"].shape)
-    if found != (text.hidden_size, vision.hidden_size):
+    shape = tuple(state[f"{PROJECTOR}{first}weight"].shape)
+    if shape != (text.hidden_size, vision.hidden_size):
         raise UsageError(
-            f"{where}: projects {found[-1]} features to {found[0]}, but the vision tower gives "
+            f"{where}: projects {shape[-1]} features to {shape[0]}, but the vision tower gives "
             f"{vision.hidden_size} and the language model takes {text.hidden_size}; it belongs "
             "to another language model or vision tower"
         )

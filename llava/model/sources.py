@@ -1,4 +1,4 @@
-"""Find out what a model directory holds, and read it: by its files, never by its name.
+"""Model directories: found by a name, told by their files, their configurations read as data.
 
 kind            told by                                             needs besides
 --------------  --------------------------------------------------  ---------------------------
@@ -8,49 +8,37 @@ llava_lora      adapter_config.json                                 base, perhap
 projector_only  mm_projector.bin without whole weights              base, perhaps the tower
 language_model  config.json of a causal language model
 hf_other        any other vision-language model of transformers     read by `llava.vlm`
+
+A directory's own name tells nothing. A configuration becomes a class that transformers itself
+ships, never one that the checkpoint names: nothing in it is ever executed (promise P22).
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     LlavaConfig,
     PreTrainedConfig,
 )
+from transformers.utils import logging
 
-from llava.errors import UsageError
-from llava.model import lora
-from llava.model.assemble import (
-    Parts,
-    combine,
-    read_language_model,
-    read_vision_config,
-    read_vision_tower,
-    split,
-)
-from llava.model.projector import check_projector_size, read_projector, with_projector
-from llava.model.weights import (
-    HUB_NAME,
-    PROJECTOR,
-    canonical,
-    find_directory,
-    make_config,
-    read_json,
-    read_start,
-    read_weights,
-    weight_files,
-)
-from llava.tokens import load_tokenizer
+from llava.errors import RefusedError, UsageError
+from llava.model.weights import UNREADABLE, State, canonical, read_start, read_tensors
 
+ADAPTER_CONFIG = "adapter_config.json"
+NON_LORA = "non_lora_trainables.bin"
 PROJECTOR_FILE = "mm_projector.bin"
 SETTINGS_FILE = "llava.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -61,12 +49,14 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+FEATURES = {"patch": "default", "cls_patch": "full"}
+"""LLaVA's mm_vision_select_feature -> transformers' vision_feature_select_strategy."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ORIGINAL = re.compile(r"Llava\w*ForCausalLM")
 # Settings of LLaVA's own that stand in its config.json beside those of the language model.
 _OF_LLAVA = re.compile(r"(mm_|tune_mm_|freeze_mm_|unfreeze_mm_|use_mm_|image_|tokenizer_)")
-DEFAULTS = {"template": "v1", "image_aspect_ratio": "pad", "model_max_length": 2048}
-FEATURES = {"patch": "default", "cls_patch": "full"}
-"""LLaVA's mm_vision_select_feature -> transformers' vision_feature_select_strategy."""
+# Keys of a configuration that choose code, files or machinery instead of describing the model.
+_NOT_MODEL = ("auto_map", "custom_pipelines", "transformers_weights", "fusion_config")
 
 
 class Kind(StrEnum):
@@ -80,27 +70,75 @@ class Kind(StrEnum):
     HF_OTHER = "hf_other"
 
 
-@dataclass
-class Source:
-    """A checkpoint that is read but not yet built. Folders are searched in order."""
+def find_directory(name: str | Path, beside: Path | None = None, download: bool = True) -> Path:
+    """The directory that `name` means: a path, first from `beside`; one next to it; a hub's.
 
-    config: PreTrainedConfig
-    state: Mapping[str, torch.Tensor]
-    """Under canonical names; those that a LoRA adapts are merged when they are asked for."""
-    settings: dict[str, Any]
-    tokenizer_folders: list[Path]
-    image_folders: list[Path]
-    vision_tower: str | None = None
-    """Directory or hub name of the vision tower, where the checkpoint says it."""
+    Without `download` a hub's is taken from the cache, as much of it as there is. Raises UsageError
+    when there is none, or the hub cannot be reached and has no cached copy.
+    """
+    text = str(name)
+    places = [Path(text).expanduser()]
+    if beside is not None:
+        places = [beside / text, *places, beside.resolve().parent / Path(text).name]
+    for place in places:
+        if _is_directory(place):
+            return place
+    if not download:
+        return _from_cache(text)
+    if Path(text).exists() or not HUB_NAME.fullmatch(text):
+        raise UsageError(f"{text}: no such model directory")
+    return _from_hub(text)
 
 
-def inspect(path: str | Path) -> Kind:
-    """The kind of the model `path`, a directory or a hub name, by the files in it.
+def _is_directory(place: Path) -> bool:
+    try:
+        if not place.is_dir():
+            return False
+        os.listdir(place)
+    except PermissionError as error:
+        raise UsageError(f"{place}: permission denied; check the owner and mode of it") from error
+    return True
+
+
+def _from_cache(name: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{name}: neither a directory nor a model in the hub's cache, and a plan downloads "
+            "nothing; its config.json and tokenizer files are enough"
+        ) from error
+
+
+def _from_hub(name: str) -> Path:
+    """Download, or find in the cache, a repository's weights, configuration and tokenizer."""
+    import huggingface_hub
+
+    patterns = ["*.json", "*.model", "*.safetensors", "*.bin"]
+    try:
+        files = [] if huggingface_hub.is_offline_mode() else huggingface_hub.list_repo_files(name)
+        # Many repositories hold the same weights twice; mm_projector.bin and its like stay.
+        twice = any(f.startswith("model") and f.endswith(".safetensors") for f in files)
+        ignored = ["pytorch_model*.bin", "*/*"] if twice else ["*/*"]
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=patterns, ignore_patterns=ignored
+        )
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
+        raise UsageError(
+            f"{name}: no such directory, and the hub gave nothing ({type(error).__name__}); "
+            "download the model and pass its directory"
+        ) from error
+    return Path(folder)
+
+
+def kind_of(folder: Path) -> Kind:
+    """The kind of the model in `folder`, by its files.
 
     Raises UsageError when nothing in it can be loaded, RefusedError when only its own code could.
     """
-    folder = find_directory(path)
-    if (folder / lora.ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return Kind.LLAVA_LORA
     has_config, has_weights = (folder / "config.json").is_file(), bool(weight_files(folder))
     if (folder / PROJECTOR_FILE).is_file() and not has_weights:
@@ -110,22 +148,17 @@ def inspect(path: str | Path) -> Kind:
     return kind_by_config(folder)
 
 
-def kind_by_config(folder: Path) -> Kind:
-    """The kind of a whole model by its config.json alone. Raises as `inspect` does."""
-    values = read_json(folder / "config.json")
-    return Kind.LLAVA_FULL if is_original(values) else _hugging_face_kind(folder, values)
-
-
 def _what_lacks(folder: Path, has_config: bool, has_weights: bool) -> str:
     """Why a folder without configuration or without weights cannot be loaded, and what to do."""
     names = {path.name for path in folder.iterdir()}
     runs = sorted(name for name in names if re.fullmatch(r"checkpoint-\d+", name))
+    # From the file that says most of what the folder was meant to be, to none at all.
     if has_weights:
         return "weights without config.json; copy it from where the weights came from"
     if any(name.startswith("adapter_model.") for name in names):
-        return f"a LoRA's weights without {lora.ADAPTER_CONFIG}; copy it from the same run"
-    if lora.NON_LORA in names:
-        return f"{lora.NON_LORA} without its LoRA; copy {lora.ADAPTER_CONFIG} and adapter_model.*"
+        return f"a LoRA's weights without {ADAPTER_CONFIG}; copy it from the same run"
+    if NON_LORA in names:
+        return f"{NON_LORA} without its LoRA; copy {ADAPTER_CONFIG} and adapter_model.*"
     if runs:
         return f"no model in this directory, but {', '.join(runs[:5])} in it; name one of them"
     if has_config and read_json(folder / "config.json").get("tune_mm_mlp_adapter"):
@@ -136,19 +169,18 @@ def _what_lacks(folder: Path, has_config: bool, has_weights: bool) -> str:
             "an index); copy them, or finish the download"
         )
     return (
-        f"no model in this directory: it has neither config.json nor {lora.ADAPTER_CONFIG} nor "
+        f"no model in this directory: it has neither config.json nor {ADAPTER_CONFIG} nor "
         f"{PROJECTOR_FILE}; name the folder that holds them"
     )
 
 
-def is_original(values: dict[str, Any]) -> bool:
-    """Whether a config.json is one that LLaVA itself wrote."""
-    architectures = values.get("architectures") or []
-    return "mm_vision_tower" in values or any(_ORIGINAL.fullmatch(a) for a in architectures)
-
-
-def _hugging_face_kind(folder: Path, values: dict[str, Any]) -> Kind:
-    config = make_config(values, folder / "config.json")
+def kind_by_config(folder: Path) -> Kind:
+    """The kind of a whole model by its config.json alone. Raises as `kind_of` does."""
+    path = folder / "config.json"
+    values = read_json(path)
+    if is_original(values):
+        return Kind.LLAVA_FULL
+    config = make_config(values, path)
     if isinstance(config, LlavaConfig):
         return Kind.HF_LLAVA
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -161,75 +193,10 @@ def _hugging_face_kind(folder: Path, values: dict[str, Any]) -> Kind:
     )
 
 
-def read(folder: Path, kind: Kind, base: str | Path | None) -> Source:
-    """Configuration, weights and settings of `folder`, put on `base` where it needs one."""
-    if kind in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY):
-        return _read_on_base(folder, kind, base)
-    if kind is Kind.HF_OTHER:
-        raise UsageError(
-            f"{folder}: a vision-language model, but no LLaVA-1.5; it can score a pool "
-            "(python -m selection extract), not be trained or converted here"
-        )
-    values = read_json(folder / "config.json")
-    settings = settings_in(folder)
-    if kind is Kind.LLAVA_FULL:
-        text_config = original_text_config(folder, values)
-        return _with_tower(folder, values, text_config, canonical(read_weights(folder)), [folder])
-    if kind is Kind.LANGUAGE_MODEL:
-        return Source(*read_language_model(folder), settings, [folder], [])
-    config = make_config(values, folder / "config.json")
-    return Source(config, canonical(read_weights(folder)), settings, [folder], [folder])
-
-
-def _read_on_base(folder: Path, kind: Kind, base: str | Path | None) -> Source:
-    """A LoRA or a projector put on the model it was trained on."""
-    if base is None:
-        what = "a LoRA" if kind is Kind.LLAVA_LORA else "only a projector"
-        raise UsageError(
-            f"{folder}: {what}; give the model it was trained on with --model-base"
-            + _recorded_base(folder)
-        )
-    base_folder = find_directory(base)
-    base_kind = inspect(base_folder)
-    if base_kind in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY):
-        raise UsageError(f"--model-base {base}: is itself {base_kind}; give a whole model")
-    source = read(base_folder, base_kind, None)
-    config_path = folder / "config.json"
-    values = read_json(config_path) if config_path.is_file() else {}
-    if kind is Kind.LLAVA_LORA:
-        state: Mapping[str, torch.Tensor] = lora.merged(source.state, folder)
-    else:
-        state = with_projector(source.state, read_projector(folder / PROJECTOR_FILE))
-    folders = [folder, *source.tokenizer_folders]
-    if not isinstance(source.config, LlavaConfig):
-        has_projector = any(name.startswith(PROJECTOR) for name in state)
-        if "mm_vision_tower" in values:
-            if not has_projector:
-                raise UsageError(
-                    f"{folder}: no {lora.NON_LORA}, which holds the projector; copy it from the "
-                    "same run, or give the whole LLaVA it was trained on as --model-base"
-                )
-            return _with_tower(folder, values, source.config, state, folders)
-        if has_projector:
-            raise UsageError(
-                f"{folder}: needs a config.json that names mm_vision_tower; copy it from where it "
-                "was trained, or give a whole LLaVA as --model-base"
-            )
-    settings = {**source.settings, **settings_in(folder, partial=True)}
-    places = source.image_folders
-    return Source(source.config, state, settings, folders, places, source.vision_tower)
-
-
-def _recorded_base(folder: Path) -> str:
-    for name, key in (
-        (lora.ADAPTER_CONFIG, "base_model_name_or_path"),
-        ("config.json", "_name_or_path"),
-    ):
-        if (folder / name).is_file():
-            recorded = read_json(folder / name).get(key)
-            if recorded:
-                return f" (its {name} says {recorded})"
-    return ""
+def is_original(values: dict[str, Any]) -> bool:
+    """Whether a config.json is one that LLaVA itself wrote."""
+    architectures = values.get("architectures") or []
+    return "mm_vision_tower" in values or any(_ORIGINAL.fullmatch(a) for a in architectures)
 
 
 def original_text_config(folder: Path, values: dict[str, Any]) -> PreTrainedConfig:
@@ -241,98 +208,142 @@ def original_text_config(folder: Path, values: dict[str, Any]) -> PreTrainedConf
             f"{folder}: an original LLaVA of type {kind!r}; known: llava, llava_llama, "
             "llava_mistral and others whose language model transformers has"
         )
-    own = ("architectures", "auto_map", "_name_or_path", "torch_dtype", "vision_config")
-    text = {k: v for k, v in values.items() if not _OF_LLAVA.match(k) and k not in own}
+    other = ("architectures", "auto_map", "_name_or_path", "torch_dtype", "vision_config")
+    text = {k: v for k, v in values.items() if not _OF_LLAVA.match(k) and k not in other}
     return make_config(text, folder / "config.json", text_kind)
 
 
-def _with_tower(
-    folder: Path,
-    values: dict[str, Any],
-    text_config: PreTrainedConfig,
-    state: Mapping[str, torch.Tensor],
-    tokenizer_folders: list[Path],
-) -> Source:
-    """Original LLaVA's weights completed by the vision tower that its configuration names."""
-    if values.get("mm_use_im_start_end"):
-        raise UsageError(
-            f"{folder}: mm_use_im_start_end is of an older LLaVA and not supported; use a LLaVA-1.5"
-        )
-    text_state, tower, projector = split(state.base if isinstance(state, lora.Merged) else state)
-    name, image_folders = values.get("mm_vision_tower"), [folder]
-    if tower and "vision_config" in values:  # complete in itself: no other folder is needed
-        vision_config = make_config(values["vision_config"], folder / "config.json")
-    else:
-        place = tower_folder(folder, name)
-        image_folders.append(place)
-        vision_config = read_vision_config(place)
-        tower = tower or read_vision_tower(place)[1]
-    check_projector_size(projector, vision_config, text_config, folder)
-    vocab_size = load_tokenizer(tokenizer_folder(tokenizer_folders)).vocab_size
-    config, full = combine(
-        Parts(text_config, text_state, vision_config, tower, projector),
-        vocab_size,
-        values.get("mm_vision_select_layer", -2),
-        FEATURES.get(values.get("mm_vision_select_feature", "patch"), "default"),
-    )
-    settings = settings_in(folder)
-    full = state.on(full) if isinstance(state, lora.Merged) else full
-    lasting = _lasting_name(folder, name)
-    return Source(config, full, settings, tokenizer_folders, image_folders, lasting)
+def read_config(folder: Path) -> PreTrainedConfig:
+    """transformers' configuration of the model in `folder`. Raises as `make_config` does."""
+    path = folder / "config.json"
+    return make_config(read_json(path), path)
 
 
-def _lasting_name(folder: Path, name: str | None) -> str | None:
-    """A tower's directory as it is found from anywhere; a hub name, or one not found, as it is."""
-    if not name or (HUB_NAME.fullmatch(name) and not (folder / name).is_dir()):
-        return name
-    try:
-        return str(find_directory(name, beside=folder).resolve())
-    except UsageError:
-        return name
+def make_config(values: dict[str, Any], where: Path, kind: str | None = None) -> PreTrainedConfig:
+    """transformers' configuration of `values`, which may not bring code of its own.
 
-
-def tower_folder(folder: Path, name: str | None) -> Path:
-    """The directory of the vision tower that a checkpoint names; UsageError if there is none."""
-    if not name:
-        raise UsageError(
-            f"{folder}: config.json does not name its vision tower; add mm_vision_tower, for "
-            "LLaVA-1.5 openai/clip-vit-large-patch14-336"
-        )
-    try:
-        return find_directory(name, beside=folder)
-    except UsageError as error:
-        raise UsageError(
-            f"{folder}: its vision tower was not found ({error}); put it beside the checkpoint "
-            f"as {folder.resolve().parent / Path(name).name}"
-        ) from error
-
-
-def settings_in(folder: Path, partial: bool = False) -> dict[str, Any]:
-    """How to prepare samples: llava.json, else LLaVA's config.json, else LLaVA-1.5's defaults.
-
-    `partial` leaves the defaults out.
+    `kind` replaces the `model_type` in `values`. Raises RefusedError if the type exists only as
+    code in the checkpoint, or an attention kernel is to be downloaded; UsageError on a type
+    unknown to transformers, a value of the wrong type or quantised weights.
     """
-    config = folder / "config.json"
-    values = read_json(config) if config.is_file() else {}
-    found = {} if partial else dict(DEFAULTS)
-    for key, original in (
-        ("image_aspect_ratio", "image_aspect_ratio"),
-        ("model_max_length", "tokenizer_model_max_length"),
-    ):
-        if values.get(original) is not None:
-            found[key] = values[original]
-    if (folder / SETTINGS_FILE).is_file():
-        found.update(read_json(folder / SETTINGS_FILE))
-    return found
+    kind = kind or values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        if "auto_map" in values:
+            raise RefusedError(
+                f"{where}: its model type {kind!r} is code inside the checkpoint (auto_map), which "
+                "is never run; convert it to a model that transformers ships"
+            )
+        raise UsageError(f"{where}: unknown model type {kind!r}")
+    if values.get("quantization_config"):
+        raise UsageError(f"{where}: quantised weights; give the checkpoint in 16 or 32 bits")
+    try:
+        with quiet_transformers():
+            return CONFIG_MAPPING[kind].from_dict(_plain({**values, "model_type": kind}, where))
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _plain(values: dict[str, Any], where: Path) -> dict[str, Any]:
+    """`values` without private keys and those that choose code, at every depth."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if "_implementation" in key and re.search(r"[/:@]", str(value)):
+            raise RefusedError(
+                f"{where}: {key} {value!r} would download and run code; remove the key"
+            )
+        if key.startswith("_") or "_implementation" in key or key in _NOT_MODEL:
+            continue
+        kept[key] = _plain(value, where) if isinstance(value, dict) else value
+    return kept
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UsageError if it cannot be read or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); {UNREADABLE}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: holds a {type(value).__name__} instead of an object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the model's weights, sorted; safetensors are preferred to pickles.
+
+    Empty if there are none. Raises UsageError when the index names a shard that is absent.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        single = folder / f"{stem}.{suffix}"
+        if index.is_file():
+            return _shards(index)
+        if single.is_file():
+            return [single]
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if any(os.path.basename(name) != name for name in names):
+        raise RefusedError(f"{index}: names a shard outside its own directory")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UsageError(f"{index}: shard {missing[0]} is missing{more}; finish the download")
+    return [index.parent / name for name in names]
+
+
+def read_weights(folder: Path) -> State:
+    """All weights of the model in `folder`, under the names in the files, on the CPU.
+
+    Files are mapped, not copied, where their format allows. Raises UsageError without any.
+    """
+    files = weight_files(folder)
+    if not files:
+        raise UsageError(f"{folder}: no model.safetensors or pytorch_model.bin, whole or sharded")
+    state: State = {}
+    for file in files:
+        state.update(read_tensors(file))
+    return state
+
+
+def read_language_model(folder: Path) -> tuple[PreTrainedConfig, State]:
+    """Configuration and weights of a causal language model."""
+    config = read_config(folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(f"{folder}: {config.model_type!r} is no causal language model")
+    return config, canonical(read_weights(folder))
+
+
+def read_vision_config(folder: Path) -> PreTrainedConfig:
+    """Configuration of the vision half of a CLIPVisionModel or CLIPModel directory."""
+    config = read_config(folder)
+    config = getattr(config, "vision_config", config)
+    if config.model_type != "clip_vision_model":
+        raise UsageError(f"{folder}: {config.model_type!r} is no CLIP vision tower")
+    return config
+
+
+def read_vision_state(folder: Path) -> State:
+    """Weights of a CLIP vision tower; text half and projections are left out."""
+    state = {}
+    for name, tensor in read_weights(folder).items():
+        bare = name.removeprefix("vision_model.")
+        if bare.startswith(("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")):
+            state[f"vision_tower.{bare}"] = tensor
+    return canonical(state)
 
 
 def tokenizer_folder(folders: list[Path]) -> Path:
     """The first of `folders` that holds a vocabulary; UsageError if none does."""
     for folder in folders:
-        found = [folder / name for name in TOKENIZER_FILES[:2] if (folder / name).is_file()]
-        for path in found:
+        vocabularies = [folder / name for name in TOKENIZER_FILES[:2] if (folder / name).is_file()]
+        for path in vocabularies:
             read_start(path)
-        if found:
+        if vocabularies:
             return folder
     places = " or ".join(str(folder) for folder in folders)
     raise UsageError(f"no tokenizer.model or tokenizer.json in {places}; copy the base model's")
@@ -345,3 +356,17 @@ def preprocessor_folder(folders: list[Path]) -> Path:
             return folder
     places = " or ".join(str(folder) for folder in folders)
     raise UsageError(f"no {PREPROCESSOR} in {places}; copy the vision tower's")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' reports and bars; what matters in them is raised as an error here."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

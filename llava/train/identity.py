@@ -17,8 +17,8 @@ import transformers
 
 from llava import ranks
 from llava.errors import UsageError
-from llava.model.checkpoint import fingerprint
-from llava.model.weights import read_json
+from llava.model.checkpoint import Checkpoint
+from llava.model.sources import read_json
 from llava.train import zero
 from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments
 
@@ -43,7 +43,7 @@ def identity(arguments: Arguments) -> dict[str, Any]:
     flags, model = arguments.training, arguments.model
     found: dict[str, Any] = {
         "data": _sha256(Path(arguments.data.data_path)),
-        "model": fingerprint(model.model_name_or_path),
+        "model": Checkpoint.open(model.model_name_or_path).fingerprint(),
         "samples a step": flags.per_device_train_batch_size
         * flags.gradient_accumulation_steps
         * flags.world_size,
@@ -52,7 +52,7 @@ def identity(arguments: Arguments) -> dict[str, Any]:
         "flags": _flags(arguments),
     }
     if model.vision_tower:
-        found["vision tower"] = fingerprint(model.vision_tower)
+        found["vision tower"] = Checkpoint.open(model.vision_tower).fingerprint()
     if model.pretrain_mm_mlp_adapter:
         found["projector"] = _sha256(Path(model.pretrain_mm_mlp_adapter))
     if zero.enabled(flags):

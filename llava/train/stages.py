@@ -25,23 +25,15 @@ from llava.files import write_json, writing
 from llava.images import ImageProcessor
 from llava.model import lora
 from llava.model.assemble import assemble
-from llava.model.checkpoint import Loaded, fitting_length, load, wrap
+from llava.model.checkpoint import Checkpoint, Loaded, fitting_length, wrap
 from llava.model.export import original_config, save, write_settings
 from llava.model.projector import read_projector
-from llava.model.sources import DEFAULTS, PROJECTOR_FILE, Kind, inspect
-from llava.model.weights import (
-    PROJECTOR,
-    State,
-    canonical,
-    find_directory,
-    read_tensors,
-    read_weights,
-)
+from llava.model.sources import FEATURES, PROJECTOR_FILE, Kind, find_directory, read_weights
+from llava.model.weights import PROJECTOR, State, canonical, read_tensors
 from llava.train import quantize, zero
 from llava.train.arguments import Arguments
 
 TRAINABLE = "trainable.safetensors"
-_FEATURES = {"patch": "default", "cls_patch": "full"}
 
 
 def load_model(arguments: Arguments) -> Loaded:
@@ -52,25 +44,31 @@ def load_model(arguments: Arguments) -> Loaded:
     that the first reads.
     """
     name = arguments.model.model_name_or_path
-    folder = find_directory(name)
-    kind = inspect(folder)
-    if kind in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY, Kind.HF_OTHER):
+    checkpoint = Checkpoint.open(name)
+    if checkpoint.kind in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY, Kind.HF_OTHER):
         raise UsageError(
-            f"--model_name_or_path {name}: is {kind}; give a language model or a whole LLaVA"
+            f"--model_name_or_path {name}: is {checkpoint.kind}; "
+            "give a language model or a whole LLaVA"
         )
-    if kind is Kind.LANGUAGE_MODEL and arguments.model.vision_tower:
-        loaded = _assembled(arguments, folder)
+    if checkpoint.kind is Kind.LANGUAGE_MODEL and arguments.model.vision_tower:
+        loaded = _assembled(arguments, checkpoint.folder)
     else:
         if arguments.model.vision_tower and arguments.training.should_save:
             print(f"--vision_tower is not used: {name} brings its own", file=sys.stderr)
-        loaded = load(folder, dtype=_start_dtype(arguments))
+        loaded = checkpoint.load(_start_dtype(arguments))
         if arguments.model.pretrain_mm_mlp_adapter:
             _replace_projector(loaded, Path(arguments.model.pretrain_mm_mlp_adapter))
-    _check_stage(arguments, loaded)
-    _set_attention(arguments, loaded.model)
+
+    # From here on the flags decide, not what the checkpoint was made with.
+    has_vision = loaded.image_processor is not None
+    if arguments.model.tune_mm_mlp_adapter and not has_vision:
+        raise UsageError("--tune_mm_mlp_adapter needs --vision_tower")
+    if has_vision and arguments.data.image_folder is None:
+        raise UsageError("--image_folder is required with a vision tower")
+    _set_attention(loaded.model, arguments.model.attn_implementation)
     loaded.template_name = arguments.model.version
     loaded.model_max_length = fitting_length(loaded.model, arguments.training.model_max_length)
-    if loaded.image_processor is not None:
+    if has_vision:
         old = loaded.image_processor
         loaded.image_processor = ImageProcessor(
             old.size, old.mean, old.std, arguments.data.image_aspect_ratio
@@ -79,16 +77,15 @@ def load_model(arguments: Arguments) -> Loaded:
     return loaded
 
 
-def _set_attention(arguments: Arguments, model: PreTrainedModel) -> None:
-    wanted = arguments.model.attn_implementation
-    if wanted is None:
+def _set_attention(model: PreTrainedModel, implementation: str | None) -> None:
+    if implementation is None:
         return
     try:
-        model.set_attn_implementation(wanted)  # of the vision tower too
+        model.set_attn_implementation(implementation)  # of the vision tower too
     except (ImportError, ValueError) as error:
         reason = str(error).split(". ")[0]
         raise UsageError(
-            f"--attn_implementation {wanted}: {reason}; sdpa needs no package"
+            f"--attn_implementation {implementation}: {reason}; sdpa needs no package"
         ) from error
 
 
@@ -103,9 +100,9 @@ def _assembled(arguments: Arguments, folder: Path) -> Loaded:
         dtype=_start_dtype(arguments),
         generator=torch.Generator().manual_seed(arguments.training.seed),
         feature_layer=flags.mm_vision_select_layer,
-        feature_strategy=_FEATURES[flags.mm_vision_select_feature],
+        feature_strategy=FEATURES[flags.mm_vision_select_feature],
     )
-    loaded = wrap(model, Kind.HF_LLAVA, [folder], [tower], DEFAULTS)
+    loaded = wrap(model, Kind.HF_LLAVA, [folder], [tower])
     loaded.vision_tower = flags.vision_tower
     return loaded
 
@@ -131,14 +128,6 @@ def _replace_projector(loaded: Loaded, path: Path) -> None:
         projector.load_state_dict(state)
 
 
-def _check_stage(arguments: Arguments, loaded: Loaded) -> None:
-    has_vision = loaded.image_processor is not None
-    if arguments.model.tune_mm_mlp_adapter and not has_vision:
-        raise UsageError("--tune_mm_mlp_adapter needs --vision_tower")
-    if has_vision and arguments.data.image_folder is None:
-        raise UsageError("--image_folder is required with a vision tower")
-
-
 def prepare(arguments: Arguments, loaded: Loaded) -> PreTrainedModel | PeftModel:
     """`loaded.model` with the stage's weights trainable in float32 and all others frozen.
 
@@ -148,6 +137,8 @@ def prepare(arguments: Arguments, loaded: Loaded) -> PreTrainedModel | PeftModel
     """
     model = loaded.model
     flags = arguments.training
+
+    # Which weights train: adapters, the projector alone, or all that `_freeze` leaves.
     if flags.lora_enable:
         torch.manual_seed(flags.seed)  # adapters start alike however the model was built
         trained = lora.attach(
@@ -163,6 +154,8 @@ def prepare(arguments: Arguments, loaded: Loaded) -> PreTrainedModel | PeftModel
     _freeze(arguments, model)
     if not any(parameter.requires_grad for parameter in trained.parameters()):
         raise UsageError("the flags freeze every weight; drop one of --freeze_...")
+
+    # In which type each is held.
     for parameter in trained.parameters():
         if not zero.is_shard(parameter) and parameter.is_floating_point():  # not quantised
             full = parameter.requires_grad and not zero.enabled(flags)
@@ -189,7 +182,7 @@ class Exporter:
     """Writes the model of a run, and puts a checkpoint's weights back into it.
 
     Every method is to be called by all processes: weights that are sharded are gathered, and the
-    main process writes. `folder` is usable by `llava.model.checkpoint.load` whatever the stage.
+    main process writes. `folder` can be opened by `llava.model.checkpoint` whatever the stage.
     Trainable weights stay float32 in a `checkpoint-N`, so that resuming loses nothing; DeepSpeed
     resumes from the state that it puts into the same folder by itself.
     """
@@ -228,7 +221,7 @@ class Exporter:
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def _own(self) -> dict[str, torch.nn.Parameter]:
+    def _exported(self) -> dict[str, torch.nn.Parameter]:
         """What has to be written: all, or what the base model does not have."""
         named = dict(self.model.named_parameters(remove_duplicate=False))
         if not self._is_partial():
@@ -242,7 +235,7 @@ class Exporter:
         return zero.collect(named.items(), dtype, keep=self.arguments.training.should_save)
 
     def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
-        state = self._collect(self._own(), dtype)
+        state = self._collect(self._exported(), dtype)
         if not self.arguments.training.should_save:
             return
         if not self._is_partial():

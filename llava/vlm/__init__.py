@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from llava.errors import UsageError
-from llava.model import checkpoint
-from llava.model.weights import find_directory
+from llava.model.checkpoint import Checkpoint
+from llava.model.sources import Kind
 from llava.vlm.base import Batch, ForwardOut, Prepared, Vlm, padded_length
 from llava.vlm.llava import LlavaVlm
 from llava.vlm.processor import ProcessorVlm
@@ -45,12 +45,12 @@ def load_vlm(
     cannot be read as a vision-language model.
     """
     where = pick_device(device)
-    kind = checkpoint.inspect(path)
-    number = pick_dtype(dtype, where)
-    if kind == "hf_other":
-        return ProcessorVlm.load(Path(path), number, where)
-    loaded = checkpoint.load(path, base=base, dtype=number, device=where)
-    return LlavaVlm(loaded, checkpoint.fingerprint(path, base), find_directory(path))
+    checkpoint = Checkpoint.open(path, base)
+    kind, number = checkpoint.kind, pick_dtype(dtype, where)
+    if kind is Kind.HF_OTHER:
+        return ProcessorVlm.load(checkpoint, number, where)
+    loaded = checkpoint.load(number, where)
+    return LlavaVlm(loaded, checkpoint.fingerprint(), checkpoint.folder)
 
 
 def pick_device(name: str | None = None) -> torch.device:

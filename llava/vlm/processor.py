@@ -24,6 +24,7 @@ from llava.tokens import IGNORE_INDEX
 from llava.vlm.base import Prepared, Vlm
 
 if TYPE_CHECKING:
+    from llava.model.checkpoint import Checkpoint
     from llava.records import Record
 
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -57,12 +58,11 @@ class ProcessorVlm(Vlm):
         self.image_token: str = tokenizer.convert_ids_to_tokens(self.image_token_id)
 
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: torch.device) -> ProcessorVlm:
-        """Read model and processor from a folder; UsageError in one line if that fails."""
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> ProcessorVlm:
+        """Read model and processor; UsageError in one line if that fails."""
         from transformers import AutoModelForImageTextToText
 
-        from llava.model.checkpoint import fingerprint
-
+        path = checkpoint.folder
         try:
             processor = load_processor(path)
             model = AutoModelForImageTextToText.from_pretrained(
@@ -73,7 +73,7 @@ class ProcessorVlm(Vlm):
             raise UsageError(
                 f"{path}: no vision-language model with a processor can be read ({reason[0]})"
             ) from error
-        return cls(model.to(device), processor, fingerprint(path))
+        return cls(model.to(device), processor, checkpoint.fingerprint())
 
     def identity(self) -> dict[str, Any]:
         template = self.processor.chat_template or self.processor.tokenizer.chat_template

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava.errors import RefusedError, UsageError
-from llava.model.checkpoint import fingerprint
-from llava.model.weights import find_directory, quiet_transformers, read_json
+from llava.model.checkpoint import Checkpoint
+from llava.model.sources import find_directory, quiet_transformers, read_json
 from llava.vlm import pick_device, pick_dtype
 from llava.vlm.base import MIN_ROWS, StableRows
 
@@ -50,7 +50,7 @@ def files_content(folder: Path) -> str:
 class ClipModel:
     """A CLIP of transformers: model, tokenizer and image processor."""
 
-    content = staticmethod(fingerprint)
+    content = staticmethod(lambda folder: Checkpoint(folder).fingerprint())
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
         safely = {"local_files_only": True, "trust_remote_code": False}

@@ -79,7 +79,7 @@ class ImageReward(OwnModelSignal):
     def open_model(
         self, pool: Pool, readers: Mapping[str, StoreReader], settings: ProxySettings
     ) -> RewardModel:
-        from llava.model.weights import find_directory
+        from llava.model.sources import find_directory
         from llava.vlm import pick_device, pick_dtype
         from selection.signals.image_reward_model import RewardModel
 
@@ -136,7 +136,7 @@ def file_content(path: str) -> str:
 @lru_cache
 def folder_content(name: str) -> str:
     """Fingerprint of the files of checkpoint `name`; UsageError when there is none."""
-    from llava.model.weights import find_directory
+    from llava.model.sources import find_directory
     from selection.signals.clip_models import files_content
 
     return files_content(find_directory(name))

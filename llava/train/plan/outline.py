@@ -5,29 +5,28 @@ The directory needs no more than `config.json` and the tokenizer; nothing is dow
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlavaConfig, PreTrainedConfig
 
 from llava.errors import UsageError
-from llava.model import lora
-from llava.model.assemble import EMBEDDING, OUTPUT, Parts, combine, read_vision_config
-from llava.model.checkpoint import Kind, Loaded, count_image_tokens, fitting_length
-from llava.model.projector import DEFAULT_TYPE, LlavaWithProjector, type_of
-from llava.model.sources import FEATURES, is_original, original_text_config, tokenizer_folder
-from llava.model.weights import State, make_config, quiet_transformers, read_json
+from llava.model.assemble import empty, enough_rows, llava_config
+from llava.model.checkpoint import Checkpoint, Loaded, fitting_length, wrap
+from llava.model.sources import (
+    ADAPTER_CONFIG,
+    FEATURES,
+    Kind,
+    find_directory,
+    is_original,
+    make_config,
+    original_text_config,
+    read_vision_config,
+    tokenizer_folder,
+)
 from llava.tokens import load_tokenizer
 from llava.train.arguments import Arguments
 from llava.train.stages import prepare
@@ -103,102 +102,63 @@ class Outline:
         return self.trained["language model"] > 0
 
 
-def locate(name: str, beside: Path | None = None) -> Path:
-    """The directory that `name` means; a hub's name must be in the local cache.
-
-    Raises UsageError, with how to get what a plan needs, if there is none.
-    """
-    places = [Path(name).expanduser()]
-    if beside is not None:
-        places += [beside / name, beside.resolve().parent / Path(name).name]
-    for place in places:
-        if place.is_dir():
-            return place
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{name}: neither a directory nor a model in the hub's cache, and a plan downloads "
-            "nothing; its config.json and tokenizer files are enough"
-        ) from error
-
-
 def load_outline(arguments: Arguments) -> Loaded:
     """What `stages.load_model` gives, with a model on the meta device and no image processor.
 
     Raises UsageError on a model that training could not start from.
     """
-    name = arguments.model.model_name_or_path
-    folder = locate(name)
-    if not (folder / "config.json").is_file() or (folder / lora.ADAPTER_CONFIG).is_file():
+    flags = arguments.model
+    checkpoint = Checkpoint.open(flags.model_name_or_path, download=False)
+    folder, values = checkpoint.folder, checkpoint.values
+    if not values or (folder / ADAPTER_CONFIG).is_file():
         raise UsageError(
-            f"--model_name_or_path {name}: no config.json of a language model or a whole LLaVA"
+            f"--model_name_or_path {flags.model_name_or_path}: no config.json of a language model "
+            "or a whole LLaVA"
         )
-    tokenizer = load_tokenizer(tokenizer_folder([folder]))
-    config = _config(arguments, folder, tokenizer.vocab_size)
-    model = _on_meta(config)
-    sees = isinstance(config, LlavaConfig)
-    return Loaded(
-        model=model,
-        tokenizer=tokenizer,
-        image_processor=None,
-        template_name=arguments.model.version,
-        image_token_id=config.image_token_id if sees else None,
-        n_image_tokens=count_image_tokens(config) if sees else 0,
-        model_max_length=fitting_length(model, arguments.training.model_max_length),
-        kind=Kind.HF_LLAVA if sees else Kind.LANGUAGE_MODEL,
-    )
 
-
-def _config(arguments: Arguments, folder: Path, vocab_size: int) -> PreTrainedConfig:
-    """The configuration of the model that training would build."""
-    path, flags = folder / "config.json", arguments.model
-    values = read_json(path)
+    # As training would put it together, from what no weights are needed for.
     if is_original(values):
-        settings = {"mm_projector_type": "linear", "mm_vision_select_feature": "patch", **values}
-        tower = locate(settings["mm_vision_tower"], beside=folder)
+        given = {"mm_projector_type": "linear", "mm_vision_select_feature": "patch", **values}
         text = original_text_config(folder, values)
-        return _combined(text, tower, vocab_size, settings)
-    config = make_config(values, path)
-    if isinstance(config, LlavaConfig):
-        return config
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UsageError(f"{folder}: {config.model_type!r} is no language model and no LLaVA-1.5")
-    if not flags.vision_tower:
-        return config
-    settings = vars(flags)
-    return _combined(config, locate(flags.vision_tower), vocab_size, settings)
-
-
-def _combined(
-    text: PreTrainedConfig, tower: Path, vocab_size: int, settings: dict[str, Any]
-) -> LlavaConfig:
-    rows = torch.empty(text.vocab_size, text.hidden_size, device="meta")
-    names = [EMBEDDING] if text.tie_word_embeddings else [EMBEDDING, OUTPUT]
-    state: State = {name: rows for name in names}
-    parts = Parts(text, state, read_vision_config(tower), {}, {})
-    strategy = FEATURES[settings["mm_vision_select_feature"]]
-    config, _ = combine(parts, vocab_size, feature_strategy=strategy)
-    if settings["mm_projector_type"] != DEFAULT_TYPE:
-        config.mm_projector_type = settings["mm_projector_type"]
-    return config
-
-
-def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    if not isinstance(config, LlavaConfig):
-        cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    elif type_of(config) == DEFAULT_TYPE:
-        cls = LlavaForConditionalGeneration
+        config = _with_tower(text, checkpoint.tower, folder, given)
     else:
-        cls = LlavaWithProjector
-    with torch.device("meta"), quiet_transformers():
-        return cls(config)
+        config = make_config(values, folder / "config.json")
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            if flags.vision_tower:
+                tower = find_directory(flags.vision_tower, download=False)
+                config = _with_tower(config, tower, folder, vars(flags))
+        elif not isinstance(config, LlavaConfig):
+            raise UsageError(
+                f"{folder}: {config.model_type!r} is no language model and no LLaVA-1.5"
+            )
+
+    # As training would set it: the flags decide, whatever the checkpoint says.
+    kind = Kind.HF_LLAVA if isinstance(config, LlavaConfig) else Kind.LANGUAGE_MODEL
+    loaded = wrap(empty(config), kind, [folder], [])
+    loaded.template_name = flags.version
+    loaded.model_max_length = fitting_length(loaded.model, arguments.training.model_max_length)
+    return loaded
+
+
+def _with_tower(
+    text: PreTrainedConfig, tower: Path, tokenizer: Path, given: Mapping[str, Any]
+) -> LlavaConfig:
+    """The LLaVA that training would assemble, with the settings `given` by flags or LLaVA."""
+    vocab_size = load_tokenizer(tokenizer_folder([tokenizer])).vocab_size
+    text.vocab_size = enough_rows(text.vocab_size, vocab_size + 2)
+    strategy = FEATURES[given["mm_vision_select_feature"]]
+    vision = read_vision_config(tower)
+    config = llava_config(text, vision, vocab_size, feature_strategy=strategy)
+    config.mm_projector_type = given["mm_projector_type"]
+    return config
 
 
 def outline(arguments: Arguments, loaded: Loaded) -> Outline:
     """Measure the model as the run would train it: with adapters, frozen where it freezes."""
     model = prepare(arguments, loaded)
     config = loaded.model.config
+
+    # Every weight belongs to one part, by its name.
     text = config.get_text_config()
     n_heads = text.num_attention_heads
     parameters, trained = dict.fromkeys(_names(), 0), dict.fromkeys(_names(), 0)
@@ -208,6 +168,8 @@ def outline(arguments: Arguments, loaded: Loaded) -> Outline:
         parameters[part] += size
         trained[part] += size * parameter.requires_grad
         exported += size * (parameter.requires_grad or part == "projector")
+
+    # Layers are alike, so that the sizes of one say what the language model needs.
     inside = [m for name, m in _linears(model) if _part(name) == "adapters" and "lora_A" in name]
     n_layers = text.num_hidden_layers
     return Outline(
@@ -253,12 +215,12 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _matrices(model: nn.Module) -> dict[str, Matrices]:
-    found = dict.fromkeys(_names(), Matrices())
+    matrices = dict.fromkeys(_names(), Matrices())
     for name, module in _linears(model):
-        old, weight = found[_part(name)], module.weight
+        old, weight = matrices[_part(name)], module.weight
         trained = weight.numel() * weight.requires_grad
-        found[_part(name)] = Matrices(old.all + weight.numel(), old.trained + trained)
-    return found
+        matrices[_part(name)] = Matrices(old.all + weight.numel(), old.trained + trained)
+    return matrices
 
 
 def _quantised(arguments: Arguments, model: nn.Module) -> int:

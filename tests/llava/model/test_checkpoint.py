@@ -21,9 +21,10 @@ from transformers import (
 
 from llava.errors import StorageError, UsageError
 from llava.files import write_json
-from llava.model import checkpoint, export
-from llava.model.checkpoint import Kind, fingerprint, inspect, load
+from llava.model import export
+from llava.model.checkpoint import Checkpoint, Kind, load, wrap
 from llava.model.export import save
+from tests.lora_models import save_lora
 
 # From the classic names in a saved folder to the other layouts of Hugging Face's LLaVA.
 HF_LAYOUTS = {
@@ -159,7 +160,7 @@ def test_projector_only(layouts, tiny, parts, original, tmp_path, logits_of):
     state = layouts.original_weights(tiny, tower=False)
     projector = {k: v for k, v in state.items() if "mm_projector" in k}
     torch.save(projector, folder / "mm_projector.bin")
-    assert inspect(folder) is Kind.PROJECTOR_ONLY
+    assert Checkpoint.open(folder).kind is Kind.PROJECTOR_ONLY
     with pytest.raises(UsageError, match="--model-base"):
         load(folder)
     assert torch.equal(logits_of(load(folder, parts / "lm").model), logits_of(tiny.model))
@@ -187,9 +188,9 @@ def test_language_model(parts, tmp_path):
 
 def test_names_of_directories_mean_nothing(saved, parts, tmp_path):
     shutil.copytree(parts / "lm", tmp_path / "llava-v1.5-7b-lora")
-    assert inspect(tmp_path / "llava-v1.5-7b-lora") is Kind.LANGUAGE_MODEL
+    assert Checkpoint.open(tmp_path / "llava-v1.5-7b-lora").kind is Kind.LANGUAGE_MODEL
     saved.rename(tmp_path / "vicuna")
-    assert inspect(tmp_path / "vicuna") is Kind.HF_LLAVA
+    assert Checkpoint.open(tmp_path / "vicuna").kind is Kind.HF_LLAVA
 
 
 def test_other_vision_language_models(tmp_path):
@@ -199,12 +200,43 @@ def test_other_vision_language_models(tmp_path):
     vision.update(num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     config = LlavaNextConfig(text_config=text, vision_config=vision, image_token_index=60)
     LlavaNextForConditionalGeneration(config).save_pretrained(tmp_path)
-    assert inspect(tmp_path) is Kind.HF_OTHER
+    assert Checkpoint.open(tmp_path).kind is Kind.HF_OTHER
     with pytest.raises(UsageError, match="no LLaVA-1.5"):
         load(tmp_path)
 
 
+def test_outline_is_what_load_gives_without_its_weights(saved, original, parts):
+    save_lora(original, original.parent / "lora")
+    for path, base in ((saved, None), (original, None), (original.parent / "lora", original)):
+        checkpoint = Checkpoint.open(path, base)
+        outline, weights = checkpoint.outline()
+        loaded = checkpoint.load()
+        assert {p.device.type for p in outline.model.parameters()} == {"meta"}
+        state = loaded.model.state_dict()
+        assert {n: p.shape for n, p in outline.model.state_dict().items()} == {
+            n: p.shape for n, p in state.items()
+        }
+        assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
+        for field in ("image_processor", "n_image_tokens", "tokenizer_files", "vision_tower"):
+            assert getattr(outline, field) == getattr(loaded, field), field
+
+
+def test_a_checkpoint_is_looked_at_once(original, parts, logits_of):
+    """What was found and told at first use holds, whatever becomes of the names afterwards."""
+    checkpoint = Checkpoint.open(original, original.parent / "elsewhere")
+    assert checkpoint.kind is Kind.LLAVA_FULL and checkpoint.tower.name == "clip"
+    before = logits_of(checkpoint.load().model)  # a whole model asks for no base
+    write_json(original / "config.json", {"model_type": "another"})
+    assert torch.equal(logits_of(checkpoint.load().model), before)
+    with pytest.raises(UsageError, match="elsewhere: no such model directory"):
+        checkpoint.fingerprint()
+
+
 # ---- fingerprint ---------------------------------------------------------------------------------
+
+
+def fingerprint(path: Path, base: Path | None = None) -> str:
+    return Checkpoint.open(path, base).fingerprint()
 
 
 def test_fingerprint_is_of_contents(saved, tmp_path):
@@ -290,7 +322,7 @@ def test_qwen_as_language_model(parts, tmp_path, logits_of):
     shutil.copy(parts / "lm/tokenizer.model", tmp_path / "lm")
     model = assemble(tmp_path / "lm", parts / "clip")
     assert model.config.text_config.vocab_size == 512  # it had room
-    loaded = checkpoint.wrap(model, Kind.HF_LLAVA, [tmp_path / "lm"], [parts / "clip"])
+    loaded = wrap(model, Kind.HF_LLAVA, [tmp_path / "lm"], [parts / "clip"])
     save(loaded, tmp_path / "saved")
     assert torch.equal(logits_of(load(tmp_path / "saved").model), logits_of(model))
     saved = json.loads((tmp_path / "saved/config.json").read_text())

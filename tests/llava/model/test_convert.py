@@ -15,11 +15,12 @@ from llava.errors import RefusedError, StorageError, UsageError
 from llava.files import write_json
 from llava.model import export
 from llava.model.__main__ import main
-from llava.model.checkpoint import Kind, inspect, load
+from llava.model.checkpoint import Checkpoint, Kind, load
 from llava.model.convert import convert, merge
 from llava.model.export import save
 from llava.model.projector import LlavaWithProjector, fresh_projector
-from llava.model.weights import original_name, read_weights
+from llava.model.sources import read_weights
+from llava.model.weights import original_name
 from tests.llava.model.checks import Bomb, in_transformers, same
 
 # ---- whole models --------------------------------------------------------------------------------
@@ -38,7 +39,7 @@ def test_original_to_hugging_face_and_back(layouts, tiny, original, parts, tmp_p
 
 def test_hugging_face_to_original_and_back(saved, parts, tmp_path, logits_of, tiny):
     convert(saved, "original", tmp_path / "original", vision_tower=str(parts / "clip"))
-    assert inspect(tmp_path / "original") is Kind.LLAVA_FULL
+    assert Checkpoint.open(tmp_path / "original").kind is Kind.LLAVA_FULL
     names = set(read_weights(tmp_path / "original"))
     assert {original_name(name) for name in tiny.model.state_dict()} == names
     values = json.loads((tmp_path / "original/config.json").read_text())
@@ -117,7 +118,7 @@ def test_names_of_the_tower_move_with_the_checkpoint(original, tmp_path):
 def test_to_a_projector_alone(source, parts, tmp_path, request, logits_of, tiny):
     folder = request.getfixturevalue(source)
     convert(folder, "projector", tmp_path / "p", vision_tower=str(parts / "clip"))
-    assert inspect(tmp_path / "p") is Kind.PROJECTOR_ONLY
+    assert Checkpoint.open(tmp_path / "p").kind is Kind.PROJECTOR_ONLY
     stored = torch.load(tmp_path / "p/mm_projector.bin", weights_only=True)
     prefix = "model.mm_projector."
     assert set(stored) == {prefix + n for n in ("0.weight", "0.bias", "2.weight", "2.bias")}

@@ -25,7 +25,8 @@ from llava.model import lora
 from llava.model.__main__ import main
 from llava.model.checkpoint import load
 from llava.model.inspection import Report, examine
-from llava.model.weights import classic_name, read_weights
+from llava.model.sources import read_weights
+from llava.model.weights import classic_name
 from tests.llava.model.checks import Bomb
 
 

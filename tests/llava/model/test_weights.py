@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llava.errors import RefusedError, StorageError, UsageError
 from llava.files import write_json
 from llava.model.checkpoint import load
-from llava.model.weights import find_directory, make_config
+from llava.model.sources import find_directory, make_config
 from tests.llava.model.checks import Bomb
 
 # ---- what must not load --------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from llava.errors import UsageError
-from llava.model.weights import find_directory
+from llava.model.sources import find_directory
 from llava.train.arguments import check_machine, parse
 
 NEEDED = ["--model_name_or_path", "lm", "--data_path", "x.json", "--output_dir", "out"]
