@@ -55,3 +55,14 @@ class Interrupted(UserError):
 
     exit_code = 130
     prefix = ""
+
+
+def at_least(least: float, settings: object, *names: str, prefix: str = "--") -> None:
+    """Raise UsageError for the first of the fields `names` of `settings` below `least`.
+
+    None is no value. `prefix` stands before the name; that of a flag is the default.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UsageError(f"{prefix}{name} {value}: give a number of at least {least}")

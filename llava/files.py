@@ -8,12 +8,13 @@ What a library writes by itself (safetensors, PyTorch) it writes to a name that 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,20 @@ def sweep(folder: Path) -> None:
 def is_temporary(path: Path) -> bool:
     """Whether `path` is a file that is still being written, or was when its writer was killed."""
     return _TEMP.search(path.name) is not None
+
+
+def digest_of(path: str | Path, algorithm: str | Callable[[], Any] = "sha256") -> str:
+    """Hexadecimal digest of a file's bytes, by a name in hashlib or a maker such as xxh3_128's."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def add_files(digest: Any, paths: Iterable[Path]) -> None:
+    """Update `digest` with the name, the length and every byte of each file."""
+    for path in paths:
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
 
 
 def sync(path: Path) -> None:

@@ -8,7 +8,6 @@ reached leaves its packages absent; only PyPI is indispensable.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import os
 import pickle
@@ -26,7 +25,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from llava.errors import DataError, RefusedError, StorageError
-from llava.files import make_folder, storage_errors, sync
+from llava.files import digest_of, make_folder, storage_errors, sync
 from mini.packages import PACKAGES, Package
 
 REGISTRIES = ("pypi", "npm", "debian")
@@ -143,13 +142,13 @@ def _place(package: Package, folder: Path) -> str:
     target = folder / package.filename
     if package.registry == "debian" and not shutil.which("dpkg-deb"):
         return "dpkg-deb is not installed"
-    if target.is_file() and _sha256(target) == package.sha256:
+    if target.is_file() and digest_of(target) == package.sha256:
         return ""
     with storage_errors(target):
         work = Path(tempfile.mkdtemp(prefix=f".{os.getpid()}-", dir=folder))
     try:
         archive = _CLIENTS[package.registry](package, work)
-        if (found := _sha256(archive)) != package.sha256:
+        if (found := digest_of(archive)) != package.sha256:
             return f"sha256 is {found[:16]}..., expected {package.sha256[:16]}..."
         with storage_errors(target):
             _sync(archive)
@@ -216,11 +215,6 @@ def _only_file(work: Path, pattern: str) -> Path:
     if len(found) != 1:
         raise _Unavailable(f"the client left {len(found)} files {pattern}, expected 1")
     return found[0]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

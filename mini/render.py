@@ -144,12 +144,6 @@ def open_png(raw: bytes) -> Image.Image:
     return Image.open(io.BytesIO(raw)).convert("RGB")
 
 
-def pixel_hash(raw: bytes) -> str:
-    """Hash of the decoded pixels, whatever the file format."""
-    image = open_png(raw)
-    return xxhash.xxh3_128_hexdigest(repr(image.size).encode() + image.tobytes())
-
-
 def _key(raw: bytes, trim: bool) -> str:
     return xxhash.xxh3_128_hexdigest(RASTERISER.encode() + b"\0\1"[trim : trim + 1] + raw)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llava import files
 from llava.conversation import get_template
-from llava.errors import DataError, UsageError, UserError
+from llava.errors import DataError, UsageError, UserError, at_least
 from llava.lazy import Lazy
 from selection.pool.pool import Pool
 
@@ -50,9 +50,7 @@ class CheckSettings:
 
     def __post_init__(self) -> None:
         get_template(self.template)
-        for name in ("workers", "image_tokens", "model_max_length"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        at_least(1, self, "workers", "image_tokens", "model_max_length")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import yaml
 
-from llava.errors import UsageError
+from llava.errors import UsageError, at_least
 
 if TYPE_CHECKING:
     from selection.methods.base import Method
@@ -59,9 +59,7 @@ class ProxySettings:
     """share of samples that may be unusable (one always may) before the run stops with exit 65"""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_tokens", "block_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        at_least(1, self, "batch_size", "max_tokens", "block_size")
         if self.num_workers < -1:
             raise UsageError(f"--num_workers {self.num_workers}: give 0 or more, or -1 for auto")
         if not 0 <= self.max_bad <= 1:

@@ -13,6 +13,7 @@ import xxhash
 from transformers import LlavaConfig, PreTrainedConfig, PreTrainedModel
 
 from llava.errors import UsageError
+from llava.files import add_files
 from llava.images import ImageProcessor
 from llava.model import lora
 from llava.model.assemble import (
@@ -208,11 +209,7 @@ class Checkpoint:
         digest = xxhash.xxh3_128()
         for folder in self._folders():
             files = {folder / name for name in _DECIDING if (folder / name).is_file()}
-            for file in sorted(files.union(weight_files(folder))):
-                digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-                with file.open("rb") as stream:
-                    while block := stream.read(1 << 22):
-                        digest.update(block)
+            add_files(digest, sorted(files.union(weight_files(folder))))
             digest.update(b"\0")
         return digest.hexdigest()
 

@@ -38,6 +38,7 @@ from llava.model.sources import (
 )
 from llava.model.weights import PROJECTOR, TOWER, State, canonical, read_tensors
 from llava.tokens import load_tokenizer
+from llava.train.checkpoints import MARKER
 
 T = TypeVar("T")
 NAMES = {
@@ -48,7 +49,6 @@ NAMES = {
     Kind.LANGUAGE_MODEL: "language model without vision",
     Kind.HF_OTHER: "vision-language model, no LLaVA-1.5",
 }
-MARKER = "COMPLETE"  # llava.train writes it last, with the size of every file
 _TRAINING = ("trainer_state.json", "optimizer.pt", "latest", MARKER)
 
 

@@ -20,14 +20,13 @@ import xxhash
 
 from llava import ranks
 from llava.errors import RefusedError
-from llava.files import storage_errors, sync, write_json
+from llava.files import digest_of, storage_errors, sync, write_json
 
 MARKER = "COMPLETE"
 KEPT_AT_LEAST = 2
 GOES_ON = "make room and run the same command again, the checkpoint before it is whole"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _OF_A_RANK = re.compile(r"(?:rank_|rng_state_)(\d+)")
-_BLOCK = 1 << 22
 
 
 def step_of(folder: Path) -> int:
@@ -68,11 +67,7 @@ def _is_of_this_process(name: str) -> bool:
 
 
 def _described(path: Path) -> dict[str, int | str]:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-        return {"size": file.tell(), "xxh3_128": digest.hexdigest()}
+    return {"size": path.stat().st_size, "xxh3_128": digest_of(path, xxhash.xxh3_128)}
 
 
 def flaw(folder: Path, content: bool = True) -> str | None:

@@ -7,7 +7,6 @@ and models, the flags that decide the result, and how many samples make a step.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import transformers
 
 from llava import ranks
 from llava.errors import UsageError
+from llava.files import digest_of
 from llava.model.checkpoint import Checkpoint
 from llava.model.sources import read_json
 from llava.train import zero
@@ -62,8 +62,7 @@ def identity(arguments: Arguments) -> dict[str, Any]:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest_of(path)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
 

@@ -292,11 +292,7 @@ def plain_settings(settings: Any) -> dict[str, Any]:
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Length and sha256 of what is on disk."""
-    with path.open("rb") as file:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+    return {"bytes": path.stat().st_size, "sha256": files.digest_of(path)}
 
 
 def seal(manifest: Mapping[str, Any]) -> bytes:

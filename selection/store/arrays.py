@@ -60,6 +60,11 @@ class ArrayReader:
                     unusable.setdefault(row, f"{key} is not finite in the given array")
         return [{"row": row, "reason": unusable[row]} for row in sorted(unusable)]
 
+    @property
+    def bad_rows(self) -> np.ndarray:
+        """Rows of `bad`, (b,) int64."""
+        return np.array([note["row"] for note in self.bad], np.int64)
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -69,7 +69,7 @@ class Known:
 
     def _add(self, reader: StoreReader, uids: np.ndarray, pool: Pool, rows: np.ndarray) -> None:
         """Note which of `rows` the store, of samples `uids`, has numbers of."""
-        sound = ~np.isin(reader.rows, [note["row"] for note in reader.bad])
+        sound = ~np.isin(reader.rows, reader.bad_rows)
         stored, first = np.unique(_keys(uids[sound]), return_index=True)
         asked = _keys(pool.uids[rows])
         there = np.isin(asked, stored)

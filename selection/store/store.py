@@ -219,6 +219,11 @@ class StoreReader:
         """Samples without valid numbers, `{"row", "uid", "reason", ...}`, in store order."""
         return [note for entry in self._entries for note in entry.bad]
 
+    @property
+    def bad_rows(self) -> np.ndarray:
+        """Pool rows of `bad`, (b,) int64."""
+        return np.array([note["row"] for note in self.bad], np.int64)
+
     def column(self, name: str) -> np.ndarray:
         """The whole column, (n, *shape); for columns too large for memory use `blocks`."""
         out = np.empty((len(self), *self.columns[name].shape), self.columns[name].dtype)

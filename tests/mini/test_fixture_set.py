@@ -6,7 +6,8 @@ import json
 from collections import Counter
 
 from mini.fixture_set import FIXTURE, make_files
-from mini.render import SIZE, open_png, pixel_hash
+from mini.render import SIZE, open_png
+from tests.mini.pixels import pixel_hash
 
 
 def test_it_is_a_whole_small_pool():

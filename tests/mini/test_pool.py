@@ -18,8 +18,8 @@ from mini.eval.items import EvalSets, Open
 from mini.eval.sets import make_evalsets
 from mini.fetch import default_cache
 from mini.pool import SOURCES, already_built, build, make_samples
-from mini.render import pixel_hash
 from mini.settings import PoolSettings
+from tests.mini.pixels import pixel_hash
 
 SETTINGS = PoolSettings(registries=("pypi",), scale=0.1)
 

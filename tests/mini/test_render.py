@@ -17,12 +17,12 @@ from mini.render import (
     frame,
     open_png,
     picture,
-    pixel_hash,
     png,
     rasterise,
     tile,
     write_word,
 )
+from tests.mini.pixels import pixel_hash
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {0}">{1}</svg>'
 DISC = '<circle cx="20" cy="20" r="9" fill="{}"/>'
