@@ -293,7 +293,7 @@ def selecting(argv: Sequence[str], environ: Mapping[str, str]) -> Selecting:
     trains = method is None or any(
         not (one.instead_of_model and "model" in given) for one in method().training()
     )
-    if trains and not only_told and "config" not in given:
+    if trains and not (only_told or given.keys() & {"config", "dry_run"}):
         extras += _to_train(recipe)
     if given.get("judge_url") or _settings(Path(given.get("config", ""))).get("judge_url"):
         extras.append("judge")

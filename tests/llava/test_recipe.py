@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llava.errors import UsageError
 from llava.recipe import FOLDER, Recipe, main
@@ -256,6 +257,19 @@ def test_processes_are_started_with_the_flags(run, tmp_path):
         }
     assert "finetune: 2 processes x 16 samples x 4 accumulated = 128 samples a step" in done.stderr
     assert "finetune: trains lmsys/vicuna-13b-v1.5 on " in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it is one process a GPU")
+def test_two_processes_where_there_is_no_gpu(run, tmp_path):
+    assert run("finetune").returncode == 0
+    assert {path.name for path in tmp_path.glob("told*")} == {"told0", "told1"}
+
+
+def test_torchrun_is_told_what_the_caller_says(run, tmp_path):
+    """Also with one process here, which then is a rank; without TORCHRUN_ARGS it is none."""
+    for flags, name in (("--nnodes 1 --standalone", "told0"), ("", "told")):
+        assert run("finetune", NPROC="1", TORCHRUN_ARGS=flags).returncode == 0
+        assert (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
