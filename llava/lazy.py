@@ -17,4 +17,6 @@ class Lazy:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):  # parsers of flags ask for these of every global name
+            raise AttributeError(attribute)
         return getattr(import_module(self._name), attribute)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 import yaml
 
 from llava.errors import UsageError
@@ -34,30 +36,33 @@ def parse_select(argv: list[str]) -> tuple[Job, bool]:
     config = _read_config(argv)
     name, argv = _method_name(argv, config)
     method = get_method(name)
-    groups = (PoolSettings, ProxySettings, SelectSettings, CostSettings, method.Settings)
-    if has_targets(method):
-        groups = (TargetSettings, *groups)
-    parser = _parser(f"python -m selection select {name}", method.__doc__, *groups)
-    presets = ", ".join(method.presets) or "none for this method"
-    parser.add_argument(
-        "--preset", type=str | None, help=f"named settings, overridden by flags: {presets}"
-    )
-    parser.add_argument("--method", default=name, help="the method, for configuration files")
+    groups = (*_groups(method), CostSettings, method.Settings)
+    parser = _select_parser(name, method, groups)
     if preset := value_of("--preset", argv) or config.get("preset"):
         parser.set_defaults(preset_of(method, preset))
-
     flat = _parse(parser, argv, groups)
-    if flat["method"] != name:
+    if flat["method"] != name and get_method(flat["method"]) is not method:
         raise UsageError(f"the configuration file is for method {flat['method']!r}, not {name!r}")
-    job = Job(
-        method=method(_pick(method.Settings, flat)),
-        pool=_pick(PoolSettings, flat),
-        proxy=_pick(ProxySettings, flat),
-        select=_pick(SelectSettings, flat),
-        targets=flat.get("targets"),
-        command=("selection", "select", name, *argv),
-    )
-    return job, flat["dry_run"]
+    made = method(_pick(method.Settings, flat))
+    return _job(made, flat, ("selection", "select", name, *argv)), flat["dry_run"]
+
+
+def job_of(method: Method | type[Method], values: Mapping[str, Any], preset: str | None) -> Job:
+    """The same from Python: what the flags in `values`, by name, ask of a method.
+
+    A method object has its settings already. Raises the errors of `parse_select`.
+    """
+    cls = method if isinstance(method, type) else type(method)
+    name = cls.origin or cls.name
+    groups = _groups(cls)
+    if method is cls:
+        groups = (*groups, cls.Settings)
+    parser = _select_parser(name, cls, groups)
+    if preset:
+        parser.set_defaults(preset_of(cls, preset))
+    flat = parser.parse_object({key: _plain(value) for key, value in values.items()}).as_dict()
+    made = cls(_pick(cls.Settings, flat)) if method is cls else method
+    return _job(made, flat, ("selection.select", name))
 
 
 def parse_plain(verb: str, about: str, argv: list[str], *groups: type) -> list[Any]:
@@ -87,7 +92,7 @@ def fill(group: type[T], values: dict[str, Any], where: str = "") -> T:
     Raises UsageError, beginning with `where`, for a name that it has not and a value that cannot
     be.
     """
-    names = {field.name for field in dataclasses.fields(group)}
+    names = {field.name for field in fields(group)}
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
@@ -140,6 +145,36 @@ def _method_name(argv: list[str], config: dict[str, Any]) -> tuple[str, list[str
     return name, argv
 
 
+def _groups(method: type[Method]) -> tuple[type, ...]:
+    """What every run is told, besides the method's own settings."""
+    groups = (PoolSettings, ProxySettings, SelectSettings)
+    return (TargetSettings, *groups) if has_targets(method) else groups
+
+
+def _select_parser(name: str, method: type[Method], groups: tuple[type, ...]) -> Parser:
+    taken = {field.name for group in (*_groups(method), CostSettings) for field in fields(group)}
+    if taken := taken & {field.name for field in fields(method.Settings)}:
+        raise UsageError(f"method {name}: its settings {', '.join(sorted(taken))} are flags of all")
+    parser = _parser(f"python -m selection select {name}", method.__doc__, *groups)
+    presets = ", ".join(method.presets) or "none for this method"
+    parser.add_argument(
+        "--preset", type=str | None, help=f"named settings, overridden by flags: {presets}"
+    )
+    parser.add_argument("--method", default=name, help="the method, for configuration files")
+    return parser
+
+
+def _job(method: Method, flat: Mapping[str, Any], command: tuple[str, ...]) -> Job:
+    return Job(
+        method=method,
+        pool=_pick(PoolSettings, flat),
+        proxy=_pick(ProxySettings, flat),
+        select=_pick(SelectSettings, flat),
+        targets=flat.get("targets"),
+        command=command,
+    )
+
+
 def _parser(prog: str, about: str | None, *groups: type) -> Parser:
     parser = Parser(prog=prog, description=about, add_help=True)
     parser.add_argument(
@@ -156,6 +191,15 @@ def _parse(parser: Parser, argv: list[str], groups: tuple[type, ...]) -> dict[st
     return flat
 
 
-def _pick(group: type[T], flat: dict[str, Any]) -> T:
-    values = {field.name: flat[field.name] for field in dataclasses.fields(group)}
+def _plain(value: Any) -> Any:
+    """A Python value as YAML would give it."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _pick(group: type[T], flat: Mapping[str, Any]) -> T:
+    values = {field.name: flat[field.name] for field in fields(group)}
     return group(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -6,19 +6,17 @@ first ones, and turns them into scores. It opens no file and runs no model.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import xxhash
 
 from llava.errors import NonFiniteError
+from selection.methods.source import file_digest, file_of, session_digest
 from selection.rules.budget import top_k
 from selection.signals.base import ProxySignal
 
@@ -141,7 +139,7 @@ class Context:
         reader = self.readers[signal]
         out = np.full(len(self.pool), np.nan)
         out[reader.rows] = reader.column(column)
-        out[[bad["row"] for bad in reader.bad]] = np.nan
+        out[reader.bad_rows] = np.nan
         return out
 
     @cached_property
@@ -170,8 +168,9 @@ class Method:
     """
 
     name: ClassVar[str]
-    origin: ClassVar[str]
-    """What `get_method` finds the class by: its name, or `path/to/file.py:Class`."""
+    origin: ClassVar[str | None]
+    """What `get_method` finds the class by: its name, or `path/to/file.py:Class`; None for a class
+    of a notebook."""
     Settings: ClassVar[type] = NoSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     rounding: ClassVar[str] = "nearest"
@@ -179,10 +178,13 @@ class Method:
     def __init_subclass__(cls) -> None:
         package, _, module = cls.__module__.rpartition(".")
         if f"{package}.".startswith("selection.methods."):
-            cls.name = module
-        elif "name" not in vars(cls):
+            cls.name = cls.origin = module
+            return
+        if "name" not in vars(cls):
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
-        cls.origin = cls.name
+        file = file_of(cls)
+        cls.origin = f"{file}:{cls.__qualname__}" if file else None
+        cls._sha256 = file_digest(cls)  # now: the file may change while the process goes on
 
     def __init__(self, settings: Any = None, /, **values: Any) -> None:
         """Take filled `Settings`, or the values of some of their fields."""
@@ -211,7 +213,7 @@ class Method:
         """What else decides the scores, JSON-serialisable: of a method from elsewhere its code."""
         if type(self).__module__.startswith("selection."):
             return {}
-        return {"sha256": source_digest(type(self))}
+        return {"sha256": self._sha256 or session_digest(type(self))}
 
     def files(self) -> dict[str, str]:
         """Files that decide the scores, by setting; with other bytes a run is another run."""
@@ -276,17 +278,6 @@ def stream(seed: int, *names: str) -> np.random.Generator:
     """The generator of one purpose: a function of seed and names, not of what ran before."""
     words = np.frombuffer(xxhash.xxh3_128_digest("/".join(names).encode()), np.uint32)
     return np.random.default_rng([seed, *words.tolist()])
-
-
-def source_digest(cls: type) -> str | None:
-    """sha256 of the file that defines a class, or of its text where there is no file (a notebook);
-    None where neither can be had."""
-    try:
-        path = Path(inspect.getsourcefile(cls) or "")
-        source = path.read_bytes() if path.is_file() else inspect.getsource(cls).encode()
-    except (OSError, TypeError):
-        return None
-    return hashlib.sha256(source).hexdigest()
 
 
 def _uniform(uids: np.ndarray, copies: np.ndarray, salt: np.uint64) -> np.ndarray:
