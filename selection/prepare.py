@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import UsageError
+from llava.files import digest_of
 from llava.flags import flag_values
 from llava.launch import launch
 from selection.cli import parse_plain, parse_select
@@ -62,7 +63,11 @@ class Asked:
             pool, proxy, _, settings = parse_plain("all", "", words, *groups)
             values = {**asdict(proxy), **asdict(settings)}
             return cls(pool, values, training(proxy, settings), dry_run=False, job=None)
-        job, dry_run = parse_select(words)
+        return cls.of(*parse_select(words))
+
+    @classmethod
+    def of(cls, job: Job, dry_run: bool = False) -> Asked:
+        """What one `select` asks for."""
         settings = {**asdict(job.proxy), **asdict(job.method.settings)}
         return cls(job.pool, settings, job.method.training(), dry_run, job)
 
@@ -97,71 +102,110 @@ def main(argv: Sequence[str], recipe: Recipe) -> int:
     try:
         for training in asked.missing:
             if isinstance(training, WarmUp):
-                filled |= warm_up(training, asked, recipe)
+                result = warm_up(training, asked, recipe).do()
+                filled |= {training.fills: str(result), training.base_fills: recipe.model}
             else:
-                filled |= co_train(training, asked, recipe, argv)
+                result = co_train(training, asked, recipe, argv[1:]).do()
+                filled[training.fills] = str(result / training.result)
     except Failed as failed:
         return failed.code
     return launch("selection", [*argv, *(f"--{name}={value}" for name, value in filled.items())])
 
 
-def warm_up(training: WarmUp, asked: Asked, recipe: Recipe) -> dict[str, str]:
-    """Train a LoRA on a random part of the pool; the settings that name it and its base."""
+@dataclass(frozen=True)
+class Step:
+    """One training: the `folder` that is named by all that shapes its result, the run that makes
+    its `samples` (flags of `select`, and where it writes), the recipe and its further flags."""
+
+    folder: Path
+    samples: Path
+    select: tuple[str, ...]
+    recipe: Recipe
+    flags: tuple[str, ...]
+    moments: bool = False
+
+    @property
+    def result(self) -> Path | None:
+        """The finished model, or its newest whole checkpoint with moments; None if there is none.
+
+        Every byte is compared with what the training wrote.
+        """
+        from llava.train import checkpoints
+
+        model = self.folder / "model"
+        if not (model / checkpoints.MARKER).is_file() or checkpoints.flaw(model) is not None:
+            return None
+        return checkpoints.newest_complete(model) if self.moments else model
+
+    def do(self) -> Path:
+        """Train unless it is done; the result. Raises Failed with the exit code of what failed."""
+        if self.result is None:
+            for code in (self._run_samples, self._train):
+                if failed := code():
+                    raise Failed(failed)
+        result = self.result
+        if result is None:
+            raise UsageError(f"{self.folder}: is not whole; remove it and run the command again")
+        return result
+
+    def _run_samples(self) -> int:
+        return launch("selection", ["select", *self.select, f"--out={self.samples}"])
+
+    def _train(self) -> int:
+        data, model = self.samples / "subset.json", self.folder / "model"
+        return replace(self.recipe, data=str(data), output=str(model)).run(self.flags)
+
+
+def warm_up(training: WarmUp, asked: Asked, recipe: Recipe) -> Step:
+    """A LoRA on a random part of the pool."""
     from selection.run import Execution
 
-    job = Job(Random(), asked.pool, select=SelectSettings(training.share, seed=training.seed))
-    execution, recipe = Execution(job), replace(recipe, images=asked.pool.images or ".")
-    flags = _roots(asked.pool)
+    select = SelectSettings(training.share, seed=training.seed)
+    samples = _of_pool(Execution(Job(Random(), asked.pool, select=select)).identity())
+    recipe, flags = replace(recipe, images=asked.pool.images or "."), []
     if training.moments:  # DeepSpeed keeps them in files of its own
-        recipe = replace(recipe, zero="none")
-        flags += ["--save_strategy", "epoch"]
-    samples = _of_pool(execution.identity())
-    folder = _folder("warmup", asked.pool, {"samples": samples, **shape(recipe, flags)})
-    model = folder / ("moments" if training.moments else "model")
-    if _result(model, training.moments) is None:
-        out = SelectSettings(training.share, seed=training.seed, out=str(folder / "samples"))
-        subset = Execution(replace(job, select=out), execution.pool).execute().subset
-        _train(replace(recipe, data=str(subset), output=str(model)), flags)
-    result = _finished(model, training.moments)
-    return {training.fills: str(result), training.base_fills: recipe.model}
+        recipe, flags = replace(recipe, zero="none"), ["--save_strategy", "epoch"]
+    shaping = {"samples": samples, "moments": training.moments, **shape(recipe, flags)}
+    folder = _folder("warmup", asked.pool, shaping)
+    words = {**asdict(asked.pool), "budget": training.share, "seed": training.seed}
+    drawing = ("random", *_words(words))
+    flags += _roots(asked.pool)
+    return Step(folder, folder / "samples", drawing, recipe, tuple(flags), training.moments)
 
 
-def co_train(
-    training: CoTrain, asked: Asked, recipe: Recipe, argv: Sequence[str]
-) -> dict[str, str]:
-    """Run the method's own training on samples that it prepares; the setting that names the
-    result."""
+def co_train(training: CoTrain, asked: Asked, recipe: Recipe, argv: Sequence[str]) -> Step:
+    """The method's own training on samples that a run of the method prepares; `argv` are the
+    words of `select` for that run."""
     from selection.run import Execution
 
-    # The method's own run that draws and prepares the samples.
-    job = asked.job
-    budget = training.preparing["budget"]
+    # The run that draws and prepares the samples is told apart by every setting, as all runs are.
     settings = {k: v for k, v in training.preparing.items() if k != "budget"}
-    method = type(job.method)(replace(job.method.settings, **settings))
-    preparing = replace(job, method=method, select=replace(job.select, budget=str(budget)))
-    identity = Execution(preparing).identity()
-    samples = _folder("prepared", asked.pool, {**identity, "dtype": job.proxy.dtype}) / "samples"
+    budget = str(training.preparing["budget"])
+    method = type(asked.job.method)(replace(asked.job.method.settings, **settings))
+    select = replace(asked.job.select, budget=budget)
+    identity = Execution(replace(asked.job, method=method, select=select)).identity()
+    dtype = asked.job.proxy.dtype
+    samples = _folder("prepared", asked.pool, {**identity, "dtype": dtype})
 
-    # The training, with the paper's sizes where the recipe has LLaVA's.
+    # The training has the paper's sizes where the recipe has LLaVA's.
     flags = {**training.flags, **({} if recipe.scaled else training.paper_flags)}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    words += _roots(asked.pool)
     recipe = replace(recipe, module=training.module, images=asked.pool.images or ".")
     if training.paper_batch and not recipe.scaled and not os.environ.get("GLOBAL_BATCH"):
         recipe = replace(recipe, global_batch=training.paper_batch)
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     shaping = {
         **_of_pool(identity),
         "settings": {k: v for k, v in identity["settings"].items() if k not in training.apart},
-        "dtype": job.proxy.dtype,
+        "dtype": dtype,
     }
     folder = _folder("cotrain", asked.pool, {"samples": shaping, **shape(recipe, words)})
-    if _result(folder / "model") is None:
-        own = [*(f"--{name}={value}" for name, value in settings.items()), f"--budget={budget}"]
-        if code := launch("selection", [*argv, *own, f"--out={samples}"]):
-            raise Failed(code)
-        recipe = replace(recipe, data=str(samples / "subset.json"), output=str(folder / "model"))
-        _train(recipe, [f"--{training.prepared_flag}", str(samples), *words])
-    return {training.fills: str(_finished(folder / "model") / training.result)}
+    return Step(
+        folder,
+        samples,
+        (*argv, *_words({**settings, "budget": budget})),
+        recipe,
+        (f"--{training.prepared_flag}", str(samples), *words, *_roots(asked.pool)),
+    )
 
 
 def shape(recipe: Recipe, flags: Sequence[str]) -> dict[str, Any]:
@@ -190,37 +234,22 @@ def _of_pool(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _folder(kind: str, pool: PoolSettings, shaping: Mapping[str, Any]) -> Path:
+    """The folder of `shaping`; one that a pool of another name has led to is the same."""
     from selection.run import pool_label
 
-    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
-    return OUTPUTS / f"{kind}-{pool_label(pool.pool)}-{digest[:12]}"
+    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]
+    there = sorted(OUTPUTS.glob(f"{kind}-*-{digest}"))
+    return there[0] if there else OUTPUTS / f"{kind}-{pool_label(pool.pool)}-{digest}"
 
 
-def _train(recipe: Recipe, flags: Sequence[str]) -> None:
-    if code := recipe.run(flags):
-        raise Failed(code)
-
-
-def _result(folder: Path, moments: bool = False) -> Path | None:
-    """The finished model in `folder`, or its newest whole checkpoint; None where there is none."""
-    from llava.train import checkpoints
-
-    if not (folder / checkpoints.MARKER).is_file() or checkpoints.flaw(folder) is not None:
-        return None
-    return checkpoints.newest_complete(folder) if moments else folder
-
-
-def _finished(folder: Path, moments: bool = False) -> Path:
-    """`_result` of a training that ended well."""
-    result = _result(folder, moments)
-    if result is None:
-        raise UsageError(f"{folder}: is not whole any more; remove it and run the command again")
-    return result
+def _words(values: Mapping[str, Any]) -> list[str]:
+    """Settings as flags; those that are None or empty are left to their defaults."""
+    lists = {k: f"[{','.join(v)}]" for k, v in values.items() if isinstance(v, tuple) and v}
+    return [f"--{k}={v}" for k, v in {**values, **lists}.items() if v is not None and v != ()]
 
 
 def _sha256(path: str) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest_of(path)
     except OSError as error:
         raise UsageError(f"PROJECTOR={path}: {error.strerror}") from None
