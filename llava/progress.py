@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, now and then a line anywhere else."""
+"""How far a long loop is: a bar on a terminal and in a notebook, now and then a line elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Progress:
         self.name, self.total, self.shown = name, total, shown
         self.done = self.bad = 0
         self._bar: tqdm | None = None
-        if shown and sys.stderr.isatty():
+        in_notebook = "ipykernel" in sys.modules  # its stderr says that it is no terminal
+        if shown and (sys.stderr.isatty() or in_notebook):
             self._bar = tqdm(total=total, desc=name, unit=" samples", smoothing=0.1)
 
     def __enter__(self) -> Progress:

@@ -13,14 +13,14 @@ from llava import files
 from llava.errors import UsageError
 
 
-def claim_folder(wanted: tuple[Path, bool], identity: Mapping[str, Any]) -> tuple[Path, bool]:
+def claim_folder(asked: tuple[Path, bool], identity: Mapping[str, Any]) -> tuple[Path, bool]:
     """The run folder for `identity`, and whether the run in it is finished.
 
-    `wanted` is the folder and whether a new one beside it may be taken if it holds another run;
+    `asked` is the folder and whether a new one beside it may be taken if it holds another run;
     otherwise UsageError lists what differs. A folder is claimed by its `run.json`; processes of one
     run may claim it at the same time.
     """
-    folder, force_new = wanted
+    folder, force_new = asked
     identity = json.loads(json.dumps(msgspec.to_builtins(identity)))  # as it will be read again
     number = 1
     while True:

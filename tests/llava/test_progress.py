@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 from llava.progress import Progress
 
 
@@ -22,3 +26,16 @@ def test_silent_when_not_shown(capfd):
     with Progress("forward", 1, shown=False) as bar:
         bar.advance(1)
     assert not capfd.readouterr().err
+
+
+def test_a_bar_in_a_notebook(tmp_path):
+    """Which is told by its kernel's package; its stderr is a pipe."""
+    (tmp_path / "ipykernel.py").touch()
+    work = (
+        "import ipykernel\n"
+        "from llava.progress import Progress\n"
+        "with Progress('forward', 5) as bar: bar.advance(3); bar.advance(2)\n"
+    )
+    environment = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    done = subprocess.run([sys.executable, "-c", work], capture_output=True, env=environment)
+    assert b"forward: 100%" in done.stderr and b"min left" not in done.stderr
