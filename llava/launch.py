@@ -37,7 +37,8 @@ READER_GONE = 141
 """Exit code of a program whose output nobody reads any more, as in `... | head`."""
 _HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
 _STOPPING = "SIGINT,SIGHUP,SIGQUIT"  # torchrun goes on to end the ranks on these
-_AFTER_OTHERS = 5  # seconds: the launcher names the process that it sees end first as the cause
+_AFTER_TERMINAL = 5  # seconds that a child has to end by itself
+_AFTER_OTHERS = 2  # seconds: the launcher names the process that it sees end first as the cause
 
 
 # ---- starting ------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def _ended(child: subprocess.Popen) -> int:
         except KeyboardInterrupt:
             # A terminal has told the child too, which ends by itself; `kill` told only this one.
             with suppress(subprocess.TimeoutExpired):
-                return child.wait(_AFTER_OTHERS)
+                return child.wait(_AFTER_TERMINAL)
             child.send_signal(signal.SIGINT)
 
 

@@ -15,7 +15,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from llava import ranks
 from llava.data import Collator, ConversationDataset, InputFormat
 from llava.errors import Preempted, UsageError
-from llava.files import write_json
+from llava.files import storage_errors, write_json
 from llava.launch import process
 from llava.model.checkpoint import Loaded
 from llava.packing import PackingCollator
@@ -169,7 +169,8 @@ def finish(trainer: LlavaTrainer, exporter: Exporter, run: dict) -> None:
     main = trainer.is_world_process_zero()
     if main:
         (output_dir / checkpoints.MARKER).unlink(missing_ok=True)
-        trainer.save_state()
+        with storage_errors(output_dir):
+            trainer.save_state()
     before = _inodes(output_dir)
     exporter.final()
     if main:
