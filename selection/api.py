@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,24 @@ from typing import Any
 import numpy as np
 
 from llava.errors import UsageError
-from selection.cli import fill, has_targets, preset_of
+from selection.cli import job_of
 from selection.methods import Method, get_method
 from selection.methods.base import Context, Scored
 from selection.output import compare as comparison
 from selection.output.folder import Run
 from selection.pool.pool import Pool
 from selection.run import Execution
-from selection.settings import Job, PoolSettings, ProxySettings, SelectSettings
 from selection.store.arrays import ArrayReader
+
+_WHERE = {"images", "image_roots", "limit"}
+_BY_SIGNAL = '{"signal": {"column": array}}'
 
 
 class Scores(Method):
     """Scores of your own: higher is better, NaN cannot be selected."""
 
     name = "scores"
+    origin = None
 
     def __init__(self, scores: np.ndarray | Sequence[float] | Mapping[str, float]) -> None:
         """Take `scores` (N,) in pool order, or by uid; samples that a mapping lacks get NaN."""
@@ -74,7 +76,8 @@ def select(
     Args:
         method: a name, `path/to/file.py:Class`, a subclass of `Method`, an object of one, or
             `Scores`.
-        pool: `Pool.open(...)` with its `images`, or the path of a text-only pool.
+        pool: `Pool.open(...)`, or its path with `images`, `image_roots` and `limit` among the
+            settings.
         budget: a float or "30%" is a fraction of the pool, an integer a count.
         model, model_base: the proxy, where the method reads signals that are computed.
         arrays: numbers of your own in the place of signals, in pool order: `{"mean_state": (N, D)}`
@@ -89,29 +92,24 @@ def select(
     Returns the finished run. Raises the errors of the command line, with the same words:
     `llava.errors.UserError` and its subclasses.
     """
+    method = get_method(method) if isinstance(method, str) else method
+    if isinstance(method, Method):
+        names = {field.name for field in dataclasses.fields(method.Settings)}
+        if told := ["preset"] * bool(preset) + sorted(names & settings.keys()):
+            raise UsageError(f"{', '.join(told)}: the method object has its settings already")
+    elif not (isinstance(method, type) and issubclass(method, Method)):
+        raise UsageError(f"method {method!r}: give a name, a Method or Scores")
+    where = {name: settings.pop(name) for name in _WHERE & settings.keys()}
     if not isinstance(pool, Pool):
-        pool = Pool.open(pool)
-    groups = {SelectSettings: {}, ProxySettings: {}}
-    for group, values in groups.items():
-        for field in dataclasses.fields(group):
-            if field.name in settings:
-                values[field.name] = settings.pop(field.name)
-    method = _made(method, preset, settings)
-    groups[SelectSettings] |= {"budget": _written(budget), "out": _path(out)}
-    groups[ProxySettings] |= {"model": _path(model), "model_base": _path(model_base)}
-    if targets is not None and not has_targets(type(method)):
-        raise UsageError(f"targets: {method.name} selects for no target tasks")
-    if targets is None and has_targets(type(method)):
-        raise UsageError("--targets is missing")
-    job = Job(
-        method=method,
-        pool=PoolSettings(str(pool.path), pool.images, pool.image_roots, pool.limit),
-        proxy=fill(ProxySettings, groups[ProxySettings]),
-        select=fill(SelectSettings, groups[SelectSettings]),
-        targets=_path(targets),
-        arrays=_readers(method, arrays or {}, len(pool)),
-        command=("selection.select", method.origin),
-    )
+        pool = Pool.open(pool, **where)
+    elif where:
+        raise UsageError(f"{', '.join(sorted(where))}: give it to Pool.open, the pool is open")
+    given = {"pool": pool.path, "images": pool.images, "limit": pool.limit, "out": out}
+    given |= {"model": model, "model_base": model_base, "targets": targets}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    settings |= {"image_roots": pool.image_roots, "budget": _written(budget)}
+    job = job_of(method, settings, preset)
+    job = dataclasses.replace(job, arrays=_readers(job.method, arrays or {}, pool))
     return Execution(job, pool).execute()
 
 
@@ -121,38 +119,31 @@ def compare(*runs: Run | str | Path, out: str | Path | None = None) -> dict[str,
     With `out` the folder gets compare.json and pictures too. Raises UsageError for runs of
     different pools.
     """
-    if out is not None:
-        return comparison.compare(runs, out)
-    with tempfile.TemporaryDirectory() as folder:
-        return comparison.compare(runs, folder)
+    return comparison.compare(runs, out)
 
 
-def _made(method: str | Method | type[Method], preset: str | None, values: dict) -> Method:
-    """The method object, with the settings of a preset and `values` over it."""
-    if isinstance(method, Method):
-        if preset or values:
-            names = ", ".join(values or ["preset"])
-            raise UsageError(f"{names}: the method object has its settings already")
-        return method
-    if isinstance(method, str):
-        method = get_method(method)
-    elif not (isinstance(method, type) and issubclass(method, Method)):
-        raise UsageError(f"method {method!r}: give a name, a Method or Scores")
-    values = {**(preset_of(method, preset) if preset else {}), **values}
-    return method(fill(method.Settings, values))
-
-
-def _readers(method: Method, arrays: Mapping[str, Any], n: int) -> dict[str, ArrayReader]:
-    """Readers of given arrays by signal; `n` is the pool's size."""
+def _readers(method: Method, arrays: Mapping[str, Any], pool: Pool) -> dict[str, ArrayReader]:
+    """Readers of given arrays by signal. Raises UsageError for one that the method does not read,
+    or that it holds against the same signal of target tasks."""
     nested = {name: value for name, value in arrays.items() if isinstance(value, Mapping)}
     flat = {name: value for name, value in arrays.items() if name not in nested}
-    signals = method.signals()
-    if unknown := nested.keys() - signals.keys():
-        raise UsageError(f"arrays: {method.name} reads no signal {', '.join(sorted(unknown))}")
+    signals, later = method.signals(), method.foreseen(pool)
     if arrays and not signals:
         raise UsageError(f"arrays: {method.name} reads no signal")
-    by_signal = dict.fromkeys(signals, flat) if flat else {}
-    return {name: ArrayReader(name, of, n) for name, of in {**by_signal, **nested}.items()}
+    if unknown := nested.keys() - signals.keys() - later.keys():
+        raise UsageError(
+            f"arrays: {method.name} reads no signal {', '.join(sorted(unknown))}; it reads "
+            f"{', '.join({**signals, **later})}"
+        )
+    if flat and len(set(signals.values())) < len(signals):
+        raise UsageError(f"arrays: {method.name} reads one signal twice; give them as {_BY_SIGNAL}")
+    by_signal = {**(dict.fromkeys(signals, flat) if flat else {}), **nested}
+    if compared := by_signal.keys() & method.target_signals().keys():
+        raise UsageError(
+            f"arrays: {method.name} compares {', '.join(sorted(compared))} with what a model "
+            "computes of the target tasks; give a model"
+        )
+    return {name: ArrayReader(name, columns, pool) for name, columns in by_signal.items()}
 
 
 def _written(budget: str | float | int) -> str:
@@ -160,7 +151,3 @@ def _written(budget: str | float | int) -> str:
     if isinstance(budget, str):
         return budget
     return repr(int(budget) if isinstance(budget, int | np.integer) else float(budget))
-
-
-def _path(path: str | Path | None) -> str | None:
-    return None if path is None else str(path)

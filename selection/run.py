@@ -99,7 +99,8 @@ class Execution:
     def identity(self) -> dict[str, Any]:
         """What this run is: another value of any of these is another run (promise P10)."""
         method, job = self.method, self.job
-        others = method.checkpoints()
+        others = method.checkpoints() if self.signals else {}
+        others = {name: where for name, where in others.items() if name in self.signals}
         brought = {n: s.identity() for n, s in self.signals.items() if _brings_model(s)}
         of_proxy = {n: s for n, s in self.signals.items() if not _brings_model(s)}
         reads_proxy = bool(of_proxy.keys() - others) or self._needs_proxy_later()
@@ -198,6 +199,8 @@ class Execution:
             scored = method.run(context, seed, more)
             chosen = method.select(context, scored.scores, self.k)
             extracting = sum(self.times.values()) - before
+        told = [note for reader in self.job.arrays.values() for note in reader.notes]
+        scored = replace(scored, notes=(*scored.notes, *told))
         self.times["score and choose"] -= extracting
         of_pool = {name: _describe(reader) for name, reader in self.readers.items()}
         run = output.write_run(

@@ -130,6 +130,11 @@ class VerifySettings:
     """the run folder"""
 
 
+_OF_PYTHON = (
+    "# begun from Python, with objects that are in no file: only from there can it be replayed"
+)
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything that one run is asked for."""
@@ -148,9 +153,12 @@ class Job:
     def config(self, out: Path) -> str:
         """The settings as YAML that `python -m selection select --config` replays into `out`."""
         flat = {**asdict(self.pool), **asdict(self.proxy), **asdict(self.select)}
-        flat |= {**asdict(self.method.settings), "out": str(out), "method": self.method.origin}
+        origin = self.method.origin
+        flat |= {**asdict(self.method.settings), "out": str(out)}
+        flat["method"] = origin or self.method.name
         if self.targets:
             flat["targets"] = self.targets
         del flat["force_new"]
         plain = {key: list(v) if isinstance(v, tuple) else v for key, v in flat.items()}
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        return text if origin and not self.arrays else f"{_OF_PYTHON}\n{text}"

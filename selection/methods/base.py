@@ -182,8 +182,9 @@ class Method:
             return
         if "name" not in vars(cls):
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
-        file = file_of(cls)
-        cls.origin = f"{file}:{cls.__qualname__}" if file else None
+        if "origin" not in vars(cls):
+            file = file_of(cls)
+            cls.origin = f"{file}:{cls.__qualname__}" if file else None
         cls._sha256 = file_digest(cls)  # now: the file may change while the process goes on
 
     def __init__(self, settings: Any = None, /, **values: Any) -> None:

@@ -74,8 +74,8 @@ def rank_correlations(scores: Sequence[np.ndarray]) -> np.ndarray:
     return correlations
 
 
-def compare(runs: Sequence[str | Path | Run], out: str | Path) -> dict[str, Any]:
-    """Print how much the runs share, and write compare.json and the pictures into `out`.
+def compare(runs: Sequence[str | Path | Run], out: str | Path | None) -> dict[str, Any]:
+    """Print how much the runs share, and write compare.json and the pictures into `out`, if given.
 
     Returns what compare.json holds. Raises UsageError for runs of different pools, and for a run
     that there is nothing to hold against.
@@ -89,14 +89,16 @@ def compare(runs: Sequence[str | Path | Run], out: str | Path) -> dict[str, Any]
             raise UsageError(f"{folder}: chosen from another pool than {folders[0]}")
     names = _distinct([one.name for one in chosen], folders)
     told = {"runs": dict(zip(names, map(str, folders), strict=True))}
-    return compare_runs(dict(zip(names, chosen, strict=True)), Path(out), told)
+    named = dict(zip(names, chosen, strict=True))
+    return compare_runs(named, None if out is None else Path(out), told)
 
 
 def compare_runs(
-    runs: Mapping[str, Chosen], out: Path, told: Mapping[str, object]
+    runs: Mapping[str, Chosen], out: Path | None, told: Mapping[str, object]
 ) -> dict[str, Any]:
     """`compare` of runs of one pool that are read already; `told` goes into compare.json too."""
-    files.make_folder(out)
+    if out is not None:
+        files.make_folder(out)
     names, facts = list(runs), dict(told)
     if len(runs) > 1:
         rows = [run.rows for run in runs.values()]
@@ -105,21 +107,24 @@ def compare_runs(
         facts |= {"overlap": shared.tolist(), "rank_correlation": _plain(agree)}
         _print("share of the row's subset that the column's has too", names, shared, "{:.1%}")
         _print("rank correlation of the scores", names, agree, "{:+.2f}")
-        _write(out / "overlap.png", picture_of_runs(names, shared, agree))
+        if out is not None:
+            _write(out / "overlap.png", picture_of_runs(names, shared, agree))
     for name, run in runs.items():
         if run.specialists:
             facts[f"specialists of {name}"] = _compare_specialists(name, run, out)
-    files.atomic_write(out / "compare.json", json.dumps(facts, indent=1).encode())
-    print(f"{out}: compare.json and pictures")
+    if out is not None:
+        files.atomic_write(out / "compare.json", json.dumps(facts, indent=1).encode())
+        print(f"{out}: compare.json and pictures")
     return facts
 
 
-def _compare_specialists(name: str, run: Chosen, out: Path) -> dict[str, object]:
+def _compare_specialists(name: str, run: Chosen, out: Path | None) -> dict[str, object]:
     tasks, subsets = list(run.specialists), list(run.specialists.values())
     among, kept = overlaps(subsets, subsets), overlaps(subsets, [run.rows])[:, 0]
     title = f"{name}: share of the specialists that the subset has"
     print_table(title, ["", ""], zip(tasks, map("{:.1%}".format, kept), strict=True))
-    _write(out / f"specialists-{name}.png", picture_of_specialists(name, tasks, among, kept))
+    if out is not None:
+        _write(out / f"specialists-{name}.png", picture_of_specialists(name, tasks, among, kept))
     return {"tasks": tasks, "overlap": among.tolist(), "in_subset": kept.tolist()}
 
 
