@@ -281,8 +281,8 @@ def save_projector(state: State, path: Path, prefix: str = "") -> None:
         prefix + _original(name): tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
     }
-    with writing(path) as temp:
-        torch.save(named, temp)
+    with writing(path) as temp, temp.open("wb") as file:
+        torch.save(named, file)  # to an open file: a name would become part of the content
 
 
 def _original(name: str) -> str:
