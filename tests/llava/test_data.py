@@ -160,6 +160,10 @@ def test_collator_pads_right_what_was_cut_after_expansion(dataset: ConversationD
     assert whole[0] == len(encoded(dataset, 0).input_ids) + 3
     limit = max(whole) - 2
     short = with_format(dataset, model_max_length=limit)
+    for row in (0, 1):  # what a plan counts as truncated
+        record = dataset.records[row]
+        encoding = short.input_format.encode(record.turns, record.has_image)
+        assert encoding.n_whole == whole[row] and encoding.shows_image == (row == 0)
     batch = Collator(9, 14)([short[0], short[1]])
     lengths = [min(limit, length) for length in whole]
     assert batch["input_ids"].shape == (2, max(lengths)) and lengths[0] != lengths[1]
