@@ -327,6 +327,17 @@ def test_kinds(tmp_path, llava, qwen):
         assert idefics.forward(idefics.collate([item])).hidden.shape[-1] == idefics.hidden_size
 
 
+def test_a_hub_name_of_another_family(tmp_path, qwen, monkeypatch):
+    """It is looked for once, and model, processor and fingerprint are read where it was found."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--some--qwen"
+    save_qwen2_5_vl(repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    assert load_vlm("some/qwen").identity() == qwen.identity()
+
+
 def test_unreadable_folders_get_one_line(tmp_path):
     def message(path, **options) -> str:
         with pytest.raises(UsageError) as caught:
