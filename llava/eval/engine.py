@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
+from itertools import takewhile
 
 import torch
 from PIL.Image import Image
@@ -117,6 +118,7 @@ class Engine:
     @torch.inference_mode()
     def _generate(self, prompts: list[Prepared]) -> Written:
         """Answers to whole prompts of one padded length."""
+        # Padded on the left, so that all answers begin at the same position.
         vlm, length = self.vlm, self._padded(prompts[0])
 
         def stack(rows: list[Tensor], fill: int) -> Tensor:
@@ -125,6 +127,9 @@ class Engine:
 
         names = prompts[0].token_inputs
         tokens = {name: stack([p.token_inputs[name] for p in prompts], 0) for name in names}
+
+        # Greedy, and the first step's logits kept beside it. One prompt alone is run as the
+        # released evaluations do, without the padding that makes rows of a batch independent.
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
@@ -141,12 +146,11 @@ class Engine:
                 **tokens,
                 **vlm.image_inputs(prompts),
             )
-        written = [self._until_stop(row) for row in sequences[:, length:].tolist()]
+        written = [
+            list(takewhile(lambda token: token not in vlm.stop_ids, row))
+            for row in sequences[:, length:].tolist()
+        ]
         return Written(written, first.logits, sequences.numel() - len(prompts))
-
-    def _until_stop(self, ids: list[int]) -> list[int]:
-        end = next((i for i, token in enumerate(ids) if token in self.vlm.stop_ids), len(ids))
-        return ids[:end]
 
 
 class _FirstLogits(LogitsProcessor):

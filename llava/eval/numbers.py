@@ -101,7 +101,9 @@ def collect(head: Head, records: Iterable[Record], where: str | Path) -> Replies
     items: dict[int, tuple[Id, str, bool]] = {}
     for record in records:
         under = [i for i, symbols in enumerate(sets) if symbols.startswith(record.symbols)]
-        if not (under and 0 <= record.row < head.n_items and _fits(record)):
+        n = len(record.symbols)
+        fits = n > 0 and len(record.logits) == n and sorted(record.order) == list(range(n))
+        if not (under and 0 <= record.row < head.n_items and fits):
             raise DataError(
                 f"{where}: row {record.row} under {record.symbols!r} is no question of this run; "
                 "give the file as it was written"
@@ -123,11 +125,6 @@ def collect(head: Head, records: Iterable[Record], where: str | Path) -> Replies
     return Replies(
         head, ids, groups, counts if counts.any() else ~counts, tuple(map(_sheet, cells))
     )
-
-
-def _fits(record: Record) -> bool:
-    n = len(record.symbols)
-    return n > 0 and len(record.logits) == n and sorted(record.order) == list(range(n))
 
 
 def _cell(record: Record) -> _Cell:

@@ -259,7 +259,7 @@ class Evaluation:
         on_gpu = device.type == "cuda"
         return {
             "settings": asdict(self.settings),
-            "files": {name: xxhash.xxh3_128_hexdigest((out / name).read_bytes()) for name in names},
+            "files": {name: files.digest_of(out / name, xxhash.xxh3_128) for name in names},
             "processes": self.world_size,
             "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
             "versions": {

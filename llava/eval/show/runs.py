@@ -86,7 +86,9 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     for i, run in enumerate(runs):
         name = run.model if len(checkpoints[run.model]) == 1 else run.path
         if len(symbols) > 1 and run.summary["symbols"]:
-            name += f" ({_called(run.summary['symbols'])})"
+            shown = run.summary["symbols"]
+            known = {letters: short for short, letters in SYMBOLS.items()}
+            name += f" ({known.get(shown, shown[:5])})"
         runs[i] = replace(run, model=name)
     seen: dict[tuple[str, str], Run] = {}
     for run in runs:
@@ -106,8 +108,3 @@ def _read(folder: Path) -> Run:
     )
     path, checkpoint = manifest["settings"]["model"], identity["model"]["checkpoint"]
     return Run(folder, summary["model"], path, checkpoint, summary)
-
-
-def _called(symbols: str) -> str:
-    """The name of a set of symbols, or its first ones."""
-    return next((name for name, known in SYMBOLS.items() if known == symbols), symbols[:5])

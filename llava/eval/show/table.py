@@ -81,14 +81,12 @@ def join(runs: Sequence[Run], reading: str) -> Table:
 
 def render(table: Table, form: str) -> str:
     """The table as text: "markdown", "csv" or "latex"."""
-    return {"markdown": _markdown, "csv": _csv, "latex": _latex}[form](table)
+    if form == "csv":
+        return _csv(table)
+    return "\n\n".join(map({"markdown": _markdown, "latex": _latex}[form], table.blocks()))
 
 
 def _markdown(table: Table) -> str:
-    return "\n\n".join(map(_markdown_block, table.blocks()))
-
-
-def _markdown_block(table: Table) -> str:
     headings = ["model"]
     for group in table.groups:
         first, *others = group.columns.values()
@@ -112,10 +110,6 @@ def _csv(table: Table) -> str:
 
 
 def _latex(table: Table) -> str:
-    return "\n\n".join(map(_latex_block, table.blocks()))
-
-
-def _latex_block(table: Table) -> str:
     titles, rules, headings, column = [""], [], ["Model"], 2
     for group in table.groups:
         n = len(group.columns)

@@ -100,7 +100,10 @@ class Mme(Task):
                 f"{where}: question_id {row.question_id!r} is not <one of MME's 14 categories>/"
                 f"<picture>; give MME's {QUESTIONS}"
             )
-        source = _answer_file(release / parts[0], parts[-1])
+        folder = release / parts[0]
+        if (folder / "images").is_dir():
+            folder /= "questions_answers_YN"
+        source = folder / f"{parts[-1].split('.')[0]}.txt"
         if source not in known:
             known[source] = _answers(source)
         asked = _asked(question_in(row.text), known[source], source, where)
@@ -132,11 +135,6 @@ def _category(name: str, items: Sequence[Item], texts: Mapping[Id, str]) -> dict
     accuracy = percent(sum(map(sum, pictures.values())), len(items))
     plus = percent(sum(map(all, pictures.values())), len(pictures))
     return {name: accuracy + plus, f"{name}/accuracy": accuracy, f"{name}/accuracy_plus": plus}
-
-
-def _answer_file(category: Path, picture: str) -> Path:
-    folder = category / "questions_answers_YN" if (category / "images").is_dir() else category
-    return folder / f"{picture.split('.')[0]}.txt"
 
 
 def _answers(path: Path) -> dict[str, str]:

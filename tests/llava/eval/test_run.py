@@ -273,12 +273,13 @@ def test_a_signal_leaves_what_is_finished(again, tmp_path, number):
     settings = again(data=str(save_mmbench(tmp_path / "many", 60, rotations=1)))
     pid = start(lambda: process(lambda: Evaluation(settings).execute()))
     out = Path(settings.out)
-    while not (out / "parts" / "0.jsonl").exists():
+    part = out / "parts" / "0.jsonl"
+    while not part.exists() or b"\n{" not in part.read_bytes():  # there before its first unit is
         time.sleep(0.01)
     os.kill(pid, number)
     assert ended(pid) == {signal.SIGINT: 130, signal.SIGTERM: -signal.SIGTERM}[number]
     assert not (out / "manifest.json").exists()
-    assert 0 < len((out / "parts" / "0.jsonl").read_bytes().split(b"\n{")) - 1 < 60
+    assert 0 < len(part.read_bytes().split(b"\n{")) - 1 < 60
 
 
 # ---- open questions
