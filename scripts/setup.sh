@@ -56,7 +56,7 @@ if [ ${#missing[@]} -gt 0 ]; then
   fi
   extras=$(IFS=,; echo "${missing[*]}")
   extras=${extras#core} extras=${extras#,}
-  "$PYTHON" -m pip install -qq --disable-pip-version-check -c "$constraints" -e "${root}[$extras]" >&2
+  "$PYTHON" -m pip install -qq --disable-pip-version-check -c "$constraints" -e "$root${extras:+[$extras]}" >&2
   rm "$constraints"
   for extra in "${missing[@]}"; do echo "$made $extra"; done >>"$stamp" 2>/dev/null || true
 fi
