@@ -62,7 +62,7 @@ class Part:
     """words after `python -m mini`"""
 
 
-POOL = Part(WORLD / "build.json", ("build", "--out", f"{WORLD}"))
+BUILT = Part(WORLD / "build.json", ("build", "--out", f"{WORLD}"))
 PROXY = Part(
     WORLD / "proxy/warmup.json", ("warmup", "--data", f"{WORLD}", "--out", f"{WORLD}/proxy")
 )
@@ -96,7 +96,7 @@ class Preparation:
 def _step(command: Sequence[str], output: object = None) -> None:
     code = subprocess.run(children.bound(command), stdout=output).returncode
     if code:
-        sys.exit(code)
+        sys.exit(code if code > 0 else 128 - code)
 
 
 def training(name: str, environ: Mapping[str, str]) -> tuple[Recipe, Preparation]:
@@ -114,13 +114,13 @@ def training(name: str, environ: Mapping[str, str]) -> tuple[Recipe, Preparation
     flags = "finetune_lora" if plain.flags.get("lora_enable") == "True" else "finetune"
     start = {"MODEL": "mini/base/llama", "VISION_TOWER": "mini/base/clip", "PROJECTOR": ""}
     if plain.flags.get("tune_mm_mlp_adapter") == "True":
-        flags, parts, default = "pretrain", (POOL, CAPTIONS), f"{CAPTIONS.file}"
+        flags, parts, default = "pretrain", (BUILT, CAPTIONS), f"{CAPTIONS.file}"
     else:
-        parts, default = (POOL,), newest_subset() or f"{WORLD}/pool.json"
+        parts, default = (BUILT,), newest_subset() or f"{WORLD}/pool.json"
         if plain.projector:
             start["PROJECTOR"] = "mini/base/projector.safetensors"
         else:  # a whole LLaVA, which brings its own tower and projector
-            parts = (POOL, PROXY)
+            parts = (BUILT, PROXY)
             start = {"MODEL": f"{PROXY.file.parent}", "VISION_TOWER": "", "PROJECTOR": ""}
     data = data or default
     defaults = start | {
@@ -188,9 +188,11 @@ def evaluation(benchmark: str, environ: Mapping[str, str]) -> tuple[list[str], P
             f"DATA={data}, but no MODEL; say whose answers are wanted: "
             "MODEL=liuhaotian/llava-v1.5-7b"
         )
+
+    # The small world's questions are for its own models, and for those that nobody names.
     parts: list[Part] = []
     if _is_small(data or model or WORLD):
-        parts.append(POOL)
+        parts.append(BUILT)
         data = data or f"{WORLD}/eval/{folder}"
     note = ""
     if not model:
@@ -199,6 +201,8 @@ def evaluation(benchmark: str, environ: Mapping[str, str]) -> tuple[list[str], P
             parts.append(PROXY)
             model, why = f"{PROXY.file.parent}", "no finetune*.sh has finished yet"
         note = f"{benchmark}: the small world; MODEL={model}, {why}"
+
+    # Data that is not said is LLaVA's, which the benchmark itself finds.
     flags = {
         "benchmark": benchmark,
         "data": data,
@@ -307,7 +311,7 @@ def selecting(argv: Sequence[str], environ: Mapping[str, str]) -> Selecting:
 
 def _small_defaults(name: str, method: type[Method] | None) -> tuple[list[str], tuple[Part, ...]]:
     """Flags of method `name`, or of all (None), on the small world, and the parts they name."""
-    file, parts = HOME / f"{name}.yaml", [POOL]
+    file, parts = HOME / f"{name}.yaml", [BUILT]
     words = ["--config", f"mini/{file.name}"] if file.is_file() else []
     words += ["--pool", f"{WORLD}/pool.json", "--images", f"{WORLD}/images"]
     if method is None or method.target_signals is not Method.target_signals:

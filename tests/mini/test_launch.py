@@ -324,7 +324,7 @@ def run_python(code: str, clone: Path, **environment: str) -> subprocess.Complet
 
 
 def test_a_part_that_fails_is_the_last_and_its_code_the_launchers(clone):
-    done = run_python("Preparation((CAPTIONS, POOL), note='n').do()", clone)
+    done = run_python("Preparation((CAPTIONS, BUILT), note='n').do()", clone)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"error: {WORLD}/pool.json: not there; run `python -m mini build` first\n"
 
