@@ -76,8 +76,8 @@ def check(tmp_path, images, records, *flags):
 
 
 def test_sound_pool_passes(tmp_path, images, capsys):
-    code, found = check(tmp_path, images, GOOD)
-    assert (code, found) == (0, [])
+    code, defects = check(tmp_path, images, GOOD)
+    assert (code, defects) == (0, [])
     assert "5 samples, 3 with an image, 1 repeated ids" in capsys.readouterr().out
 
 
@@ -85,9 +85,9 @@ def test_every_defect_is_found_and_no_other(tmp_path, images):
     records = GOOD + list(DEFECTS.values())
     order = list(range(len(records)))
     random.Random(0).shuffle(order)
-    code, found = check(tmp_path, images, [records[i] for i in order])
+    code, defects = check(tmp_path, images, [records[i] for i in order])
     assert code == 2
-    reasons = {order[entry["row"]]: entry["reason"] for entry in found}
+    reasons = {order[entry["row"]]: entry["reason"] for entry in defects}
     assert sorted(reasons) == list(range(len(GOOD), len(records)))
     for i, word in enumerate(DEFECTS, len(GOOD)):
         assert word in reasons[i]
@@ -102,19 +102,19 @@ def test_links_may_lead_to_named_folders(tmp_path, images):
 def test_decode_finds_damage_behind_the_header(tmp_path, images):
     records = [*GOOD, record(5, "cut.jpg")]
     assert check(tmp_path, images, records) == (0, [])
-    code, found = check(tmp_path, images, records, "--decode")
-    assert code == 2 and [entry["row"] for entry in found] == [5]
-    assert "truncated" in found[0]["reason"]
+    code, defects = check(tmp_path, images, records, "--decode")
+    assert code == 2 and [entry["row"] for entry in defects] == [5]
+    assert "truncated" in defects[0]["reason"]
 
 
 def test_labels_are_checked_with_a_tokenizer(tmp_path, images):
     model = save_llava(tmp_path / "model")
     long = record(5, "good.png", text="word " * 400)
     flags = ["--tokenizer", str(model), "--image_tokens", "16", "--model_max_length", "256"]
-    code, found = check(tmp_path, images, [*GOOD, long], *flags)
+    code, defects = check(tmp_path, images, [*GOOD, long], *flags)
     assert code == 2
-    assert [(entry["row"], entry["kind"]) for entry in found] == [(5, "labels")]
-    assert "no supervised token within 256" in found[0]["reason"]
+    assert [(entry["row"], entry["kind"]) for entry in defects] == [(5, "labels")]
+    assert "no supervised token within 256" in defects[0]["reason"]
 
 
 def test_settings_that_cannot_be_are_refused_before_a_row_is_read(tmp_path, images):

@@ -72,8 +72,8 @@ def test_identity_follows_content_name_and_weight_but_no_place(folder, tmp_path_
     assert target.identity() == moved.identity()
     (heavier,) = read(folder, "- {name: a, data: a.json, weight: 3}")
     (longer,) = read(folder, "- {name: a, data: b.json}")
-    found = [json.dumps(t.identity()) for t in (target, heavier, longer)]
-    assert len(set(found)) == 3
+    identities = [json.dumps(t.identity()) for t in (target, heavier, longer)]
+    assert len(set(identities)) == 3
 
 
 def test_titles():
