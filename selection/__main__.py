@@ -44,7 +44,6 @@ def run_list(argv: list[str]) -> None:
 
 def run_check(argv: list[str]) -> None:
     """Exit 2 when there is a defect."""
-    from llava.tokens import load_tokenizer
     from selection.check import CheckSettings, check_pool, print_defects, write_report
     from selection.cli import parse_plain
     from selection.pool.pool import Pool
@@ -52,8 +51,11 @@ def run_check(argv: list[str]) -> None:
 
     about = "Check the records, paths, image headers and, with --tokenizer, labels of a pool."
     where, settings = parse_plain("check", about, argv, PoolSettings, CheckSettings)
-    pool = Pool.open(where.pool, where.limit, where.images, where.image_roots)
-    tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    pool, tokenizer = Pool.open(where.pool, where.limit, where.images, where.image_roots), None
+    if settings.tokenizer:
+        from llava.tokens import load_tokenizer
+
+        tokenizer = load_tokenizer(settings.tokenizer)
     defects = check_pool(pool, settings, tokenizer)
     if settings.report:
         write_report(settings.report, defects)
