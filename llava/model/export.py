@@ -131,6 +131,8 @@ def original_config(loaded: Loaded, folder: Path, n_rows: int | None = None) -> 
     )
     if not isinstance(config, LlavaConfig):
         return {**values, "architectures": [_class_of(text)]}
+
+    # What LLaVA's own loader and trainer look for; those that say False are off in LLaVA-1.5.
     features = {v: k for k, v in FEATURES.items()}
     return {
         **values,

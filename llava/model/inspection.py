@@ -309,18 +309,16 @@ def _check_marker(folder: Path) -> None:
     """Raise StorageError unless every file listed in COMPLETE has its size."""
     try:
         files = read_json(folder / MARKER)["files"]
-        wrong = [name for name, of in files.items() if _size(folder / name) != of["size"]]
+        sizes = {name: described["size"] for name, described in files.items()}
     except (LookupError, TypeError, AttributeError) as error:
         raise StorageError(f"{folder / MARKER}: damaged; use the checkpoint before it") from error
-    if wrong:
-        raise StorageError(
-            f"{folder / wrong[0]}: missing or of another size than {MARKER} says; use the "
-            "checkpoint before it"
-        )
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise StorageError(
+                f"{path}: missing or of another size than {MARKER} says; use the checkpoint "
+                "before it"
+            )
 
 
 def as_text(report: Report) -> str:

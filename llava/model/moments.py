@@ -45,6 +45,9 @@ def read_moments(folder: Path, adapter: Mapping[str, LowRank], device: torch.dev
     group = content["param_groups"][0]
     if "betas" not in group:
         raise UsageError(f"{path}: not of Adam; train with --optim adamw_torch")
+
+    # The adapter's matrices are told from other trained weights, which may stand between them, by
+    # their shapes.
     names = [f"{name}.lora_{half}" for name in adapter for half in "AB"]
     shapes = [tuple(t.shape) for factors in adapter.values() for t in (factors.down, factors.up)]
     order = itertools.chain(*(group["params"] for group in content["param_groups"]))

@@ -43,6 +43,7 @@ def load_model(arguments: Arguments) -> Loaded:
     keeps the float32 copy. With ZeRO-3, after `zero.start`, each process holds its share of weights
     that the first reads.
     """
+    # A language model gets a tower and a projector; a LLaVA brings its own.
     name = arguments.model.model_name_or_path
     checkpoint = Checkpoint.open(name)
     if checkpoint.kind in (Kind.LLAVA_LORA, Kind.PROJECTOR_ONLY, Kind.HF_OTHER):
@@ -221,13 +222,6 @@ class Exporter:
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def _exported(self) -> dict[str, torch.nn.Parameter]:
-        """What has to be written: all, or what the base model does not have."""
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        if not self._is_partial():
-            return named
-        return {k: p for k, p in named.items() if p.requires_grad or PROJECTOR in k}
-
     def _collect(
         self, named: dict[str, torch.nn.Parameter], dtype: torch.dtype | None = None
     ) -> State:
@@ -235,7 +229,11 @@ class Exporter:
         return zero.collect(named.items(), dtype, keep=self.arguments.training.should_save)
 
     def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
-        state = self._collect(self._exported(), dtype)
+        # All, or what the base model does not have.
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        if self._is_partial():
+            named = {k: p for k, p in named.items() if p.requires_grad or PROJECTOR in k}
+        state = self._collect(named, dtype)
         if not self.arguments.training.should_save:
             return
         if not self._is_partial():

@@ -84,12 +84,12 @@ def test_words_that_hugging_face_adds_are_left_behind(saved, tmp_path):
     for name, value in files.items():
         write_json(saved / name, value)
     convert(saved, "original", tmp_path / "o", vision_tower="nobody/tower")
-    found = {name: tmp_path / "o" / name for name in files}
-    assert not found["tokenizer.json"].exists()
-    assert json.loads(found["added_tokens.json"].read_text()) == {}
+    converted = {name: tmp_path / "o" / name for name in files}
+    assert not converted["tokenizer.json"].exists()
+    assert json.loads(converted["added_tokens.json"].read_text()) == {}
     special = {"bos_token": "<s>", "pad_token": "<unk>"}
-    assert json.loads(found["special_tokens_map.json"].read_text()) == special
-    assert json.loads(found["tokenizer_config.json"].read_text()) == {
+    assert json.loads(converted["special_tokens_map.json"].read_text()) == special
+    assert json.loads(converted["tokenizer_config.json"].read_text()) == {
         "added_tokens_decoder": {"0": unk},
         "legacy": False,
         "pad_token": "<unk>",

@@ -231,8 +231,8 @@ def test_missing_base_and_files_of_a_lora(trained, parts, tmp_path):
         examine(folder)
     )
     assert "(its adapter_config.json says lm)" in the_problem(examine(folder))
-    found = examine(folder, tmp_path / "nowhere")
-    assert "nowhere: no such model directory" in the_problem(found)
+    report = examine(folder, tmp_path / "nowhere")
+    assert "nowhere: no such model directory" in the_problem(report)
     (folder / lora.NON_LORA).rename(tmp_path / "kept")
     report = examine(folder, parts / "lm")
     assert "no non_lora_trainables.bin, which holds the projector; copy it" in the_problem(report)
@@ -388,10 +388,10 @@ def test_json_and_exit_code(saved, capsys):
     (saved / "tokenizer.model").unlink()
     with pytest.raises(SystemExit) as stopped:
         main(["inspect", str(saved), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert stopped.value.code == found["exit_code"] == 2 and not found["loadable"]
-    assert found["problems"][0]["text"].startswith("no tokenizer.model")
-    assert found["kind"] == "hf_llava" and found["language_model"]["layers"] == 2
+    printed = json.loads(capsys.readouterr().out)
+    assert stopped.value.code == printed["exit_code"] == 2 and not printed["loadable"]
+    assert printed["problems"][0]["text"].startswith("no tokenizer.model")
+    assert printed["kind"] == "hf_llava" and printed["language_model"]["layers"] == 2
     with pytest.raises(SystemExit):
         main(["inspect", str(saved)])
     out = capsys.readouterr().out

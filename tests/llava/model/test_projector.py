@@ -79,10 +79,10 @@ def test_reads_mm_projector_with_any_prefix(tmp_path, prefix, kind):
 def test_a_fresh_projector_of_any_type(parts):
     model = assemble(parts / "lm", parts / "clip", projector_type="mlp3x_gelu")
     expected = fresh_projector(24, 32, torch.Generator().manual_seed(0), "mlp3x_gelu")
-    found = dict(model.model.multi_modal_projector.named_parameters())
-    assert {f"model.multi_modal_projector.{k}" for k in found} == expected.keys()
+    drawn = dict(model.model.multi_modal_projector.named_parameters())
+    assert {f"model.multi_modal_projector.{k}" for k in drawn} == expected.keys()
     assert torch.equal(
-        found["linear_3.bias"], expected["model.multi_modal_projector.linear_3.bias"]
+        drawn["linear_3.bias"], expected["model.multi_modal_projector.linear_3.bias"]
     )
 
 

@@ -79,8 +79,8 @@ def test_finetuning_goes_on_from_a_llava_and_a_projector(run, parts, squares):
     projector = pre / "mm_projector.bin"
     still = run("still", pretrain_mm_mlp_adapter=projector, learning_rate=0)
     expected = torch.load(projector, weights_only=True)["model.mm_projector.0.weight"]
-    found = load(still).model.model.multi_modal_projector.linear_1.weight
-    assert torch.equal(found, expected)
+    kept = load(still).model.model.multi_modal_projector.linear_1.weight
+    assert torch.equal(kept, expected)
     on = run("on", model_name_or_path=still, vision_tower=None)
     assert moved(load(still).model, load(on).model) == {"projector", "language_model"}
 
@@ -164,8 +164,8 @@ def test_lora_with_biases(run, parts, squares, tmp_path):
         lora_bias="lora_only",
         **TEXT_ONLY,
     )
-    found = load_file(out / "adapter_model.safetensors")
-    assert len([name for name in found if name.endswith("q_proj.base_layer.bias")]) == 2
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert len([name for name in adapter if name.endswith("q_proj.base_layer.bias")]) == 2
     start, trained = load(folder).model.state_dict(), load(out, folder).model.state_dict()
     for name in start:
         adapted = "_proj" in name

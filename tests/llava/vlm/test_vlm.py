@@ -193,9 +193,9 @@ def test_padding_changes_no_real_state(proxy):
 def assert_same(a, b):
     assert torch.equal(a.input_ids, b.input_ids)
     assert torch.equal(a.labels, b.labels)
-    for mine, others in ((a.extras, b.extras), (a.token_inputs, b.token_inputs)):
-        assert mine.keys() == others.keys()
-        assert all(torch.equal(mine[name], others[name]) for name in mine)
+    for one, other in ((a.extras, b.extras), (a.token_inputs, b.token_inputs)):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_rewrite_is_prepare_with_the_same_image(proxy, monkeypatch):
