@@ -10,7 +10,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -20,10 +19,7 @@ from llava.errors import DataError, UsageError, UserError, at_least
 from llava.lazy import Lazy
 from selection.pool.pool import Pool
 
-if TYPE_CHECKING:
-    from llava.data import InputFormat
-    from llava.tokens import Tokenizer
-
+# Not imported for annotations either: to read the flags, jsonargparse imports those as well.
 data, images, tokens = Lazy("llava.data"), Lazy("llava.images"), Lazy("llava.tokens")
 
 MAX_IN_FLIGHT = 4096  # records queued to the threads at a time: bounds memory for any pool size
@@ -65,7 +61,9 @@ class Defect:
     reason: str
 
 
-def check_pool(pool: Pool, settings: CheckSettings, tokenizer: Tokenizer | None) -> list[Defect]:
+def check_pool(
+    pool: Pool, settings: CheckSettings, tokenizer: tokens.Tokenizer | None
+) -> list[Defect]:
     """All defects of `pool`, by row. Without `pool.images` a record with an image is a defect."""
     input_format = None
     if tokenizer is not None:
@@ -112,7 +110,7 @@ def print_defects(pool: Pool, defects: list[Defect], most: int = 20) -> None:
 
 
 def _check_row(
-    pool: Pool, decode: bool, input_format: InputFormat | None, row: int
+    pool: Pool, decode: bool, input_format: data.InputFormat | None, row: int
 ) -> Defect | None:
     """What is wrong with a row, or None: its record, else its image, else its labels."""
     if row in pool.bad:
