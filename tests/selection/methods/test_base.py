@@ -11,6 +11,7 @@ from llava.errors import NonFiniteError, UsageError
 from selection.methods import find_methods, get_method
 from selection.methods.base import Context, Method, Request, Scored, SecondStage, stream
 from selection.pool.pool import Pool
+from selection.signals.perturbed import Perturbed
 
 
 def pool_of(path, texts):
@@ -75,7 +76,7 @@ def test_values_by_pool_row_with_nan_for_bad_rows(world):
 def test_run_hands_the_plan_and_its_signals_to_score(world):
     class TwoStage(Method):
         def second_stage(self, context, rng):
-            return SecondStage({"perturbed": Request("signal", np.array([3, 5]))}, state="mine")
+            return SecondStage({"perturbed": Request(Perturbed(), np.array([3, 5]))}, state="mine")
 
         def score(self, context, rng):
             assert context.stage.state == "mine"

@@ -1,110 +1,173 @@
-"""What holds for every method in the folder, whatever it does."""
+"""What holds for every method in the folder, whatever it does; and that each law has teeth."""
 
-import ast
-import dataclasses
-import inspect
-import itertools
-import textwrap
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from selection.methods import find_methods
-from selection.methods.base import Method
+from selection.methods import Method, find_methods
+from selection.methods.base import Request, Scored, SecondStage
+from selection.methods.contract import LAWS, broken_laws, main, same_bits
+from selection.methods.made_up import make_world
+from selection.signals.clip import Clip
+from selection.signals.forward import Forward
+from selection.signals.gradients.gradients import Gradients
 
-BLOCK_SIZES = (7, 16, 150)
-K = 45
 VARIANTS = [
     pytest.param(method, settings, id=f"{name}-{variant}")
     for name, method in find_methods().items()
     for variant, settings in {"default": {}, **method.presets}.items()
 ]
-each_method = pytest.mark.parametrize(("method", "settings"), VARIANTS)
 
 
-def made(method: type[Method], settings: dict) -> Method:
-    return method(method.Settings(**settings))
+@pytest.mark.parametrize(
+    "law",
+    [
+        pytest.param(law, id=law.__name__, marks=pytest.mark.bits if law is same_bits else ())
+        for law in LAWS
+    ],
+)
+@pytest.mark.parametrize(("method", "settings"), VARIANTS)
+def test_every_method_keeps_the_law(tmp_path, method, settings, law):
+    law(make_world(tmp_path), method(method.Settings(**settings)))
 
 
-def chosen(world, method: Method, seed: int = 0, block_size: int = 16) -> np.ndarray:
-    scores = world.run(method, seed, block_size).scores
-    return method.select(world.context(block_size), scores, K)
+class Keys(Method):
+    """Keeps every law; the classes below break one each."""
+
+    def score(self, context, rng):
+        return Scored(context.keys(rng))
 
 
-@each_method
-def test_the_subset_has_the_exact_size_in_pool_order_without_repeats(world, method, settings):
-    rows = chosen(world, made(method, settings))
-    assert len(rows) == K and (np.diff(rows) > 0).all()
-    assert 0 <= rows[0] and rows[-1] < len(world.pool)
+class Twice(Keys):
+    """Chooses the first rows twice."""
+
+    def select(self, context, scores, k):
+        return np.repeat(np.arange(k), 2)[:k]
 
 
-@each_method
-def test_scores_are_float64_finite_or_nan_and_not_all_alike(world, method, settings):
-    scores = world.run(made(method, settings)).scores
-    assert scores.shape == (len(world.pool),) and scores.dtype == np.float64
-    assert not np.isinf(scores).any()
-    assert len(np.unique(scores[~np.isnan(scores)])) > 20
+class Alike(Keys):
+    """Cannot tell samples apart."""
+
+    def score(self, context, rng):
+        return Scored(np.zeros(len(context.pool)))
 
 
-@pytest.mark.bits
-@each_method
-def test_the_same_seed_gives_the_same_bits_whatever_the_block_size(world, method, settings):
-    runs = [
-        world.run(made(method, settings), seed=3, block_size=size)
-        for size in (*BLOCK_SIZES, BLOCK_SIZES[0])
-    ]
-    assert len({run.scores.tobytes() for run in runs}) == 1
-    assert len({str(run.artefacts) for run in runs}) == 1
-    assert len({rows.tobytes() for rows in world.requested}) <= 1
+class Moody(Keys):
+    """Scores otherwise every time."""
+
+    def score(self, context, rng):
+        return super().score(context, np.random.default_rng())
 
 
-@each_method
-def test_the_global_generators_are_neither_read_nor_moved(world, method, settings):
-    np.random.seed(1)
-    before = np.random.get_state()[1].tobytes()
-    first = world.run(made(method, settings)).scores
-    assert np.random.get_state()[1].tobytes() == before
-    np.random.seed(2)
-    np.testing.assert_array_equal(world.run(made(method, settings)).scores, first)
+class Asking(Keys):
+    """Asks for other rows every time."""
+
+    def second_stage(self, context, rng):
+        rows = np.random.default_rng().choice(len(context.pool), 5, replace=False)
+        return SecondStage({"more": Request(Forward(), np.sort(rows))})
 
 
-@each_method
-def test_another_order_of_the_pool_reorders_the_scores(world, tmp_path, method, settings):
-    """Up to rounding: the sums behind a score run over the same numbers in another order."""
-    order = np.random.default_rng(0).permutation(len(world.pool))
-    moved = world.reordered(tmp_path / "moved", order)
-    scores = world.run(made(method, settings)).scores
-    again = moved.run(made(method, settings)).scores
-    np.testing.assert_allclose(again, scores[order], atol=1e-5)
+class Worldly(Keys):
+    """Draws from the global generator."""
+
+    def score(self, context, rng):
+        return super().score(context, np.random.default_rng(np.random.randint(2**31)))
 
 
-@each_method
-def test_rows_without_a_score_are_never_chosen(world, method, settings):
-    """Quarantined rows get NaN from methods that read signals; NaN is never selected by any."""
-    method = made(method, settings)
-    if method.signals():
-        world.bad = [0, 7, 77, 149]
-        scores = world.run(method).scores
-        assert np.isnan(scores[world.bad]).all()
-        assert not set(world.bad) & {int(row) for rows in world.requested for row in rows}
-    else:
-        scores = world.run(method).scores
-        scores[[0, 7, 77, 149]] = np.nan
-    usable = np.flatnonzero(~np.isnan(scores))
-    assert method.select(world.context(), scores, len(usable)).tolist() == usable.tolist()
+class Placed(Keys):
+    """Scores by position."""
+
+    def score(self, context, rng):
+        return Scored(rng.random(len(context.pool)))
 
 
-@each_method
-def test_every_setting_has_a_sentence_for_the_command_line(method, settings):
-    fields = [field.name for field in dataclasses.fields(method.Settings)]
-    owners = [cls for cls in method.Settings.__mro__ if dataclasses.is_dataclass(cls)]
-    sources = [ast.parse(textwrap.dedent(inspect.getsource(cls))) for cls in owners]
-    told = {
-        node.target.id
-        for source in sources
-        for node, after in itertools.pairwise(source.body[0].body)
-        if isinstance(node, ast.AnnAssign) and isinstance(getattr(after, "value", 0), ast.Constant)
+class Filling(Keys):
+    """Invents a score where there is no signal."""
+
+    def signals(self):
+        return {"forward": Forward()}
+
+    def score(self, context, rng):
+        return Scored(np.nan_to_num(context.values("forward", "nll_mean")))
+
+
+class Silent(Keys):
+    """Does not say what its setting is."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        """One."""
+
+        size: int = 3
+
+
+class Crashing(Keys):
+    """Has a bug."""
+
+    def score(self, context, rng):
+        return Scored(context.values("nothing", "there"))
+
+
+@pytest.mark.parametrize(
+    ("method", "law"),
+    [
+        (Twice, "exact_subset"),
+        (Alike, "finite_scores"),
+        (Moody, "same_bits"),
+        (Asking, "same_bits"),
+        (Worldly, "no_global_state"),
+        (Placed, "order_is_nothing"),
+        (Filling, "bad_rows_stay_out"),
+        (Silent, "told_settings"),
+        (Crashing, "exact_subset"),
+    ],
+)
+def test_each_law_is_broken_by_one_who_breaks_it(method, law):
+    broken = {
+        name.__name__: reason
+        for name, (_, reason) in zip(LAWS, broken_laws(method, {"default": None}), strict=True)
+        if reason
     }
-    assert told == set(fields)
-    assert method.__doc__ and method.__doc__ != Method.__doc__
-    assert dataclasses.fields(method.Settings) == () or method.Settings.__dataclass_params__.frozen
+    assert law in broken, broken
+    if method is Crashing:
+        assert "KeyError: 'nothing'" in broken[law] and "test_contract.py, line" in broken[law]
+
+
+class Reading(Method):
+    """Reads signals of several kinds under names of its own, of the pool and of target tasks."""
+
+    def signals(self):
+        kinds = {"states": Forward(), "other_states": Forward(), "pictures": Clip()}
+        return {**kinds, "steps": Gradients(dim=16)}
+
+    def target_signals(self):
+        return {"states": Forward()}
+
+    def second_stage(self, context, rng):
+        usable = np.flatnonzero(~np.isnan(context.values("states", "nll_mean")))
+        return SecondStage({"again": Request(Gradients(dim=8), usable[:9])})
+
+    def score(self, context, rng):
+        values = context.values("states", "attention_self") - context.values("steps", "norm")
+        values += context.values("other_states", "nll_mean") != context.values("states", "nll_mean")
+        values += context.readers["again"].column("gradient").shape[1] > 0
+        target = context.tasks[1].readers["states"][1].column("mean_state").mean()
+        shown = np.nan_to_num(context.values("pictures", "clip_score"))
+        return Scored(values + shown + float(target))
+
+
+def test_any_signal_of_the_project_is_made_up():
+    assert not [reason for _, reason in broken_laws(Reading, {"default": None}) if reason]
+
+
+def test_the_command_tells_law_by_law_and_ends_at_the_first_broken_one(capsys):
+    here = f"{__file__}:"
+    assert main([f"{here}Keys"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["holds"] * 7
+    assert main([f"{here}Alike"]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told[:2]] == ["holds", "broken"]
+    assert told[2].strip() == ("default settings: 1 values for 150 samples: position would decide")
+    assert main([f"{here}Silent", "--size", "4"]) == 1
+    assert "given settings: without one: {'size'}" in capsys.readouterr().out
