@@ -115,8 +115,8 @@ def rows_of(module):
     seen = []
 
     def note(_, args, kwargs):
-        found = [*args, *(kwargs.get(k) for k in ("pixel_values", "inputs_embeds", "input_ids"))]
-        seen.append(tuple(next(x for x in found if x is not None).shape[:2]))
+        inputs = [*args, *(kwargs.get(k) for k in ("pixel_values", "inputs_embeds", "input_ids"))]
+        seen.append(tuple(next(x for x in inputs if x is not None).shape[:2]))
 
     hook = module.register_forward_pre_hook(note, with_kwargs=True)
     yield seen
@@ -159,6 +159,17 @@ def test_the_picture_is_looked_at_once(llava):
         session.reply(ASKS[:1])
         session.reply(ASKS)
     assert pictures == [(1, 3)]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_is_asked_again_is_not_run_again(llava, name):
+    session = open_engine(name, llava, max_new_tokens=1).item(PICTURES[:1], ASKS)
+    first, second = session.reply(ASKS[:2])
+    n_tokens = session.n_tokens
+    with rows_of(llava.decoder) as seen:
+        again = session.reply([ASKS[1], ASKS[0], ASKS[1]])
+    assert seen == [] and session.n_tokens == n_tokens
+    assert again[0] is again[2] is second and again[1] is first
 
 
 def test_naive_processes_every_prompt_whole(llava):

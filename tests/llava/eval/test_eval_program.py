@@ -156,8 +156,8 @@ def test_data_are_looked_for_where_llava_has_them(toy, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "questions.json").write_text('[["1", "A"]]')
     module = tmp_path / "more" / "toy.py"
-    found = module.read_text().replace('name = "toy"', 'name, folder = "toy", "toys"')
-    module.write_text(found.replace("data.read_text()", '(data / "questions.json").read_text()'))
+    source = module.read_text().replace('name = "toy"', 'name, folder = "toy", "toys"')
+    module.write_text(source.replace("data.read_text()", '(data / "questions.json").read_text()'))
     (tmp_path / "a.jsonl").write_text(lines([(1, "A")]))
     monkeypatch.chdir(tmp_path)
     main(["score", "--benchmark", "toy", "--answers", "a.jsonl"])

@@ -85,24 +85,24 @@ def by_hand(path, counted_only, reading):
             key = line["row"], first["letters"].startswith(symbols)
             given = line["order"] == sorted(line["order"])
             right.setdefault(key, []).append((given, said in line["gold"]))
-    found = {}
+    row = {}
     for letters, given, all_orders in ((True, "clean", "pa"), (False, "sa", "sa_pa")):
         rows = [oks for (_, under), oks in right.items() if under == letters]
-        found[given] = 100 * sum(dict(oks)[True] for oks in rows) / len(rows)
-        found[all_orders] = 100 * sum(all(ok for _, ok in oks) for oks in rows) / len(rows)
-    return found
+        row[given] = 100 * sum(dict(oks)[True] for oks in rows) / len(rows)
+        row[all_orders] = 100 * sum(all(ok for _, ok in oks) for oks in rows) / len(rows)
+    return row
 
 
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("seed", range(5))
 def test_the_row_is_what_a_stranger_computes_from_the_file(tmp_path, reading, seed):
     path = save(tmp_path / "attacks.jsonl", head(30), draw_records(30, seed, 0.9))
-    found = summarise(collect(*read_attacks(path), path))["readings"][reading]
+    blocks = summarise(collect(*read_attacks(path), path))["readings"][reading]
     for part, counted in (("counted", True), ("total", False)):
-        wanted = by_hand(path, counted, reading)
-        assert {name: found[part][name] for name in wanted} == pytest.approx(wanted)
-        assert found[part]["avg"] == pytest.approx(sum(wanted.values()) / 4)
-        assert wanted["pa"] <= wanted["clean"] and wanted["sa_pa"] <= wanted["sa"]
+        expected = by_hand(path, counted, reading)
+        assert {name: blocks[part][name] for name in expected} == pytest.approx(expected)
+        assert blocks[part]["avg"] == pytest.approx(sum(expected.values()) / 4)
+        assert expected["pa"] <= expected["clean"] and expected["sa_pa"] <= expected["sa"]
 
 
 def right_one(record):
@@ -112,9 +112,9 @@ def right_one(record):
 
 def test_the_other_numbers():
     records = draw_records(30)
-    found = summarise(collect(head(30), records, "here"))
-    assert (found["n_items"], found["n_counted"], found["pa_mode"]) == (30, 23, "exhaustive")
-    block = found["readings"]["exact"]["total"]
+    summary = summarise(collect(head(30), records, "here"))
+    assert (summary["n_items"], summary["n_counted"], summary["pa_mode"]) == (30, 23, "exhaustive")
+    block = summary["readings"]["exact"]["total"]
     for name, letters in (("clean", LETTERS), ("sa", QWER)):
         under = [r for r in records if letters.startswith(r.symbols)]
         there = block["orders"][name]
@@ -138,11 +138,11 @@ def test_the_other_numbers():
 
 
 def test_groups_are_parts_of_the_whole():
-    found = summarise(collect(head(30), draw_records(30), "here"))["readings"]["parse"]
-    a, b = found["groups"]["a"], found["groups"]["b"]
+    blocks = summarise(collect(head(30), draw_records(30), "here"))["readings"]["parse"]
+    a, b = blocks["groups"]["a"], blocks["groups"]["b"]
     for name in ("clean", "pa", "sa", "sa_pa", "avg"):
         whole = (a["n"] * a[name] + b["n"] * b[name]) / (a["n"] + b["n"])
-        assert found["total"][name] == pytest.approx(whole)
+        assert blocks["total"][name] == pytest.approx(whole)
 
 
 def test_the_order_of_the_lines_does_not_matter():
@@ -158,15 +158,15 @@ def test_where_no_item_counts_all_do():
 
 def test_clean_alone():
     records = [r for r in draw_records(9, all_orders=False) if LETTERS.startswith(r.symbols)]
-    found = summarise(collect(head(9, symbols="", all_orders=False), records, ""))
-    block = found["readings"]["exact"]["total"]
+    summary = summarise(collect(head(9, symbols="", all_orders=False), records, ""))
+    block = summary["readings"]["exact"]["total"]
     assert block.keys() == {"n", "clean", "intervals", "attack_success", "orders"}
     assert block["attack_success"] == {} and block["orders"].keys() == {"clean"}
 
 
 def test_means_over_orders_are_left_out_of_a_run_that_stopped_early():
-    found = summarise(collect(head(9, until_failure=True), draw_records(9), ""))
-    assert "orders" not in found["readings"]["exact"]["total"]
+    summary = summarise(collect(head(9, until_failure=True), draw_records(9), ""))
+    assert "orders" not in summary["readings"]["exact"]["total"]
 
 
 PARTS = {
@@ -224,13 +224,13 @@ def test_a_run_against_itself_and_against_a_better_one():
     runs = [collect(head(60), draw_records(60, 1, accuracy), "") for accuracy in (0.6, 0.99)]
     same = compare(runs[0], runs[0], "exact")
     assert all(entry["value"] == 0 and entry.get("p", 1) == 1 for entry in same.values())
-    found = compare(*runs, "exact")
-    assert list(found) == ["clean", "pa", "sa", "sa_pa", "avg"]
+    differences = compare(*runs, "exact")
+    assert list(differences) == ["clean", "pa", "sa", "sa_pa", "avg"]
     blocks = [summarise(run)["readings"]["exact"]["counted"] for run in runs]
-    for name, entry in found.items():
+    for name, entry in differences.items():
         assert entry["value"] == pytest.approx(blocks[1][name] - blocks[0][name])
         assert entry["interval"][0] <= entry["value"] <= entry["interval"][1]
-    pa = found["pa"]
+    pa = differences["pa"]
     assert pa["p"] < 1e-3 and pa["only_second"] > pa["only_first"]
     assert pa["value"] == pytest.approx(100 * (pa["only_second"] - pa["only_first"]) / 45)
 
@@ -254,12 +254,12 @@ def test_attack_prints_the_row(tmp_path, capsys):
     main(["attack", str(tmp_path)])
     out = capsys.readouterr().out
     assert out.startswith("toy: m, 23 of 30 items, symbols QWERT..., exhaustive orders\n")
-    wanted = by_hand(path, True, "exact")
+    expected = by_hand(path, True, "exact")
     (line,) = [line for line in out.splitlines() if line.startswith("exact")]
-    assert [float(cell) for cell in line.split()[1:5]] == [round(v, 2) for v in wanted.values()]
+    assert [float(cell) for cell in line.split()[1:5]] == [round(v, 2) for v in expected.values()]
     main(["attack", str(path), "--reading", "logit", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["readings"]["exact"]["counted"]["pa"] == pytest.approx(wanted["pa"])
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["readings"]["exact"]["counted"]["pa"] == pytest.approx(expected["pa"])
 
 
 def test_attack_against(tmp_path, capsys):

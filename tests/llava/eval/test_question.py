@@ -113,15 +113,15 @@ def test_up_to_five_options_are_exhausted_in_lexicographic_order(n):
     "n,limit", [(4, 1), (4, 3), (4, 23), (5, 24), (6, 120), (9, 120), (6, 719)]
 )
 def test_a_sample_of_orders(n, limit):
-    found = orders(n, "item", limit)
-    assert len(set(found)) == len(found) == limit < math.factorial(n)
-    assert all(sorted(order) == list(range(n)) for order in found)
-    assert found[0] == tuple(range(n))
+    sample = orders(n, "item", limit)
+    assert len(set(sample)) == len(sample) == limit < math.factorial(n)
+    assert all(sorted(order) == list(range(n)) for order in sample)
+    assert sample[0] == tuple(range(n))
     shifts = {tuple((i + k) % n for i in range(n)) for k in range(n)}
-    assert set(found[:n]) <= shifts
-    assert found == orders(n, "item", limit)
+    assert set(sample[:n]) <= shifts
+    assert sample == orders(n, "item", limit)
     if limit > n + 10:
-        assert found != orders(n, "other item", limit)
+        assert sample != orders(n, "other item", limit)
 
 
 def test_sampled_orders_never_change():

@@ -60,8 +60,8 @@ def test_every_attacked_prompt_is_whole(items, path):
         for name, order in ((s, o) for s in SYMBOLS for o in orders(n, f"sqa|{item.id}")):
             symbols = SYMBOLS[name]
             prompt = item.question.render(order, symbols)
-            found, options = of_text(prompt, symbols[:n])
-            assert found == stem and options == [texts[k] for k in order]
+            shown, options = of_text(prompt, symbols[:n])
+            assert shown == stem and options == [texts[k] for k in order]
             gold = item.question.symbol(item.gold, order, symbols)
             assert options[symbols.index(gold)] == right
         assert item.question.render() == item.prompt == asked

@@ -85,8 +85,8 @@ def part_lines(out):
 
 def test_a_run_leaves_everything(reference):
     names = {path.name for path in reference.iterdir()}
-    wanted = {*FILES, "summary.json", "manifest.json", "run.json", "parts", "submission"}
-    assert names == wanted
+    written = {*FILES, "summary.json", "manifest.json", "run.json", "parts", "submission"}
+    assert names == written
     assert (reference / "submission" / "mmbench.xlsx").stat().st_size > 0
     assert len((reference / "answers.jsonl").read_text().splitlines()) == 2 * N
     summary = json.loads((reference / "summary.json").read_text())
@@ -145,8 +145,8 @@ def test_stopping_early_agrees_in_the_row(reference, again):
     out = Evaluation(again(orders="until_failure")).execute()
     assert len(replies(out)) < len(replies(reference))
     assert replies(out).items() <= replies(reference).items()
-    for reading, found in numbers(out).items():
-        row = {name: found["counted"][name] for name in ("clean", "pa", "sa", "sa_pa", "avg")}
+    for reading, blocks in numbers(out).items():
+        row = {name: blocks["counted"][name] for name in ("clean", "pa", "sa", "sa_pa", "avg")}
         assert row.items() <= numbers(reference)[reading]["counted"].items()
 
 

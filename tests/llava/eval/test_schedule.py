@@ -29,7 +29,7 @@ def answers(seed, accuracy):
     """A model that knows the right symbol with some probability and babbles otherwise."""
 
     def reply(asks, item):
-        found = []
+        replies = []
         for ask in asks:
             draw = random.Random(f"{seed} {ask.text}")
             shown = [line[3:] for line in ask.text.split("\n")[1:-1]]
@@ -39,8 +39,8 @@ def answers(seed, accuracy):
             ]
             place = right if draw.random() < accuracy else draw.randrange(len(shown))
             forms = (ask.symbols[place], f"{ask.symbols[place]}. so", "what?")
-            found.append(Reply(draw.choices(forms, (8, 1, 1))[0], tuple(logits)))
-        return found
+            replies.append(Reply(draw.choices(forms, (8, 1, 1))[0], tuple(logits)))
+        return replies
 
     return reply
 
@@ -89,8 +89,13 @@ def test_without_symbols_items_are_asked_as_they_are_worded():
     schedule = Schedule("toy", (), all_orders=False)
     for one in (Item(0, "Why?"), dataclasses.replace(item(), prompt="Why?")):
         (asked,) = schedule.put(one, lambda asks: [Reply("because")] * len(asks))
-        found = asked.record(0, one, True, 0)
-        assert (found.prompt, found.text, found.symbols, found.gold) == ("Why?", "because", "", [])
+        record = asked.record(0, one, True, 0)
+        assert (record.prompt, record.text, record.symbols, record.gold) == (
+            "Why?",
+            "because",
+            "",
+            [],
+        )
 
 
 def test_all_orders_under_both_symbols():
@@ -116,11 +121,11 @@ def test_equal_options_are_right_together_and_a_hidden_one_never():
 def test_a_record_says_everything_of_a_prompt():
     reply = lambda asks: [Reply("E", (0.1, 0.2, 0.3))] * len(asks)  # noqa: E731
     *_, last = ALL.put(item(7, gold=1, group="g"), reply)
-    found = last.record(4, item(7, gold=1, group="g"), False, 2)
-    assert (found.question_id, found.row, found.group, found.counted) == (7, 4, "g", False)
-    assert (found.symbols, found.order, found.gold) == ("QWE", [2, 1, 0], ["W"])
-    assert found.options == {"Q": 2, "W": 1, "E": 0}
-    assert (found.text, found.logits, found.same) == ("E", [0.1, 0.2, 0.3], 2)
+    record = last.record(4, item(7, gold=1, group="g"), False, 2)
+    assert (record.question_id, record.row, record.group, record.counted) == (7, 4, "g", False)
+    assert (record.symbols, record.order, record.gold) == ("QWE", [2, 1, 0], ["W"])
+    assert record.options == {"Q": 2, "W": 1, "E": 0}
+    assert (record.text, record.logits, record.same) == ("E", [0.1, 0.2, 0.3], 2)
     assert last.record(2, item(7), True, 2).same is None
 
 
@@ -140,9 +145,9 @@ def test_stopping_early_gives_the_same_worst_cases(accuracy):
 def test_six_options_are_sampled_and_the_summary_says_so():
     asked, replies = ask_all([item(0, "uvwxyz"), item(1)], ALL, answers(0, 1.0))
     assert len(asked) == 2 * (120 + 6)
-    found = summarise(replies)
-    assert found["pa_mode"] == "sampled120"
-    assert found["readings"]["logit"]["total"]["n"] == 2
+    summary = summarise(replies)
+    assert summary["pa_mode"] == "sampled120"
+    assert summary["readings"]["logit"]["total"]["n"] == 2
 
 
 def test_nothing_more_is_asked_after_a_wrong_given_order():

@@ -177,8 +177,8 @@ def calls_of(model):
     seen = []
 
     def note(name, kwargs, *args):
-        found = [*args, *(kwargs.get(k) for k in ("pixel_values", "inputs_embeds", "input_ids"))]
-        seen.append((name, *next(x for x in found if x is not None).shape[:2]))
+        inputs = [*args, *(kwargs.get(k) for k in ("pixel_values", "inputs_embeds", "input_ids"))]
+        seen.append((name, *next(x for x in inputs if x is not None).shape[:2]))
 
     hooks = [
         module.register_forward_pre_hook(
@@ -249,8 +249,8 @@ def test_versions_with_token_inputs_are_run_apart(model, pixels):
     run = run_together(model, marked, pixels)
     assert len(run.prefix) == 0
     plain = score(run_together(model, ORDERS, pixels), model.get_output_embeddings())
-    found = score(run, model.get_output_embeddings())
-    torch.testing.assert_close(found.nll_sum, plain.nll_sum, **CLOSE)
+    apart = score(run, model.get_output_embeddings())
+    torch.testing.assert_close(apart.nll_sum, plain.nll_sum, **CLOSE)
 
 
 # ---- trees

@@ -54,6 +54,6 @@ def test_a_benchmark_that_is_not_here_is_called_by_its_name_and_stands_last():
 
 def test_published_is_the_first_metric_and_every_split_of_gqa_ood():
     splits = {"original": 60.0, "all": 50.0, "head": 56.0, "tail": 34.0}
-    for benchmark, found in (("gqa_ood", splits | {"avg": 50.0}), ("gqa", {"original": 60.0})):
+    for benchmark, headline in (("gqa_ood", splits | {"avg": 50.0}), ("gqa", {"original": 60.0})):
         summary = {"benchmark": benchmark, "published": splits}
-        assert Run(None, "m", "m", "", summary).task.headline(splits) == found
+        assert Run(None, "m", "m", "", summary).task.headline(splits) == headline

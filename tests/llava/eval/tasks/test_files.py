@@ -30,10 +30,10 @@ def test_rows_of_all_parts_in_order_with_their_pictures(tmp_path):
     write(tmp_path / "data" / "test-00000-of-00002.parquet", rows(n), ("image",), groups=10)
     write(tmp_path / "data" / "test-00001-of-00002.parquet", rows(3, n), ("image",))
     write(tmp_path / "data" / "train-00000-of-00001.parquet", rows(1), ("image",))
-    found = [row for _, row in read_questions(tmp_path, Row, "test")]
-    assert [row.id for row in found] == list(range(n + 3))
-    assert [row.image.content for row in found] == [b"x" * i for i in range(n + 3)]
-    assert found[5].text == "t5"
+    read = [row for _, row in read_questions(tmp_path, Row, "test")]
+    assert [row.id for row in read] == list(range(n + 3))
+    assert [row.image.content for row in read] == [b"x" * i for i in range(n + 3)]
+    assert read[5].text == "t5"
 
 
 def test_places_name_file_and_row(tmp_path):
@@ -49,8 +49,8 @@ def test_json_is_read_where_it_is_there(tmp_path):
     write(tmp_path / "test-00000-of-00001.parquet", rows(2), ("image",))
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "q.jsonl").write_text('{"id": 7}\n{"id": 8}\n')
-    found = read_questions(tmp_path, Row, "test", "q.jsonl", below=("sub",))
-    assert [row.id for _, row in found] == [7, 8]
+    read = read_questions(tmp_path, Row, "test", "q.jsonl", below=("sub",))
+    assert [row.id for _, row in read] == [7, 8]
 
 
 def test_a_missing_part(tmp_path):
