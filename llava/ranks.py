@@ -167,7 +167,7 @@ def said() -> bool:
     return bool(_told(0))
 
 
-def lost_another(error: Exception) -> bool:
+def lost_another(error: BaseException) -> bool:
     """Whether `error` only says that another process did not answer."""
     dist = sys.modules.get("torch.distributed")
     return dist is not None and (

@@ -42,7 +42,7 @@ class Interrupt:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if not self._listens:
             return
         for number, handler in self._former.items():
@@ -52,6 +52,9 @@ class Interrupt:
         self._thread.join()
         os.close(self._read)
         os.close(self._write)
+        # Then it was the launcher's word, which has seen the other end and waits for this one.
+        if self.received == "SIGTERM" and error is not None and ranks.lost_another(error):
+            signal.raise_signal(signal.SIGTERM)
 
     def _listen(self) -> None:
         while True:
@@ -77,7 +80,8 @@ class LoaderProcess:
     """What a loader process does first: leave signals to its parent, and end when that ends.
 
     A scheduler signals every process of a job; PyTorch's loaders would end, and the run fail. They
-    would also hear them through the pipe of the parent, which they inherit.
+    would also hear them through the pipe of the parent, which they inherit. SIGTERM of the parent
+    itself still ends a loader: after an error Python sends it and waits, if need be for ever.
     """
 
     def __init__(self, then: Callable[[int], None] | None = None) -> None:
@@ -86,10 +90,17 @@ class LoaderProcess:
     def __call__(self, worker: int) -> None:
         children.end_with(self.parent)
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        if hasattr(signal, "sigwaitinfo"):  # macOS does not say who has sent a signal
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            threading.Thread(target=self._listen, daemon=True).start()
         if self.then is not None:
             self.then(worker)
+
+    def _listen(self) -> None:
+        while True:
+            heard = signal.sigwaitinfo(SIGNALS)
+            if (heard.si_signo, heard.si_pid) == (signal.SIGTERM, self.parent):
+                os._exit(0)  # as PyTorch's own answer to it: any other code would be an error
 
 
 class StopAtSignal(TrainerCallback):

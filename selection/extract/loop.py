@@ -335,15 +335,10 @@ def load(
     if num_workers == 0:
         return (samples[row] for row in rows)
     # File descriptors, the default way to share tensors, run out with a block in flight. Files in
-    # /dev/shm are deleted by a process that PyTorch starts in each loader, once nobody has them
-    # open: in a session of its own it outlives whatever kills this process and its group.
+    # /dev/shm are deleted by a process that PyTorch starts for each loader, once nobody has them
+    # open: soon after a kill, if the loaders end too.
     torch.multiprocessing.set_sharing_strategy("file_system")
     parent = os.getpid()
-
-    def begin(worker: int) -> None:
-        children.end_with(parent)
-        os.setsid()
-
     return iter(
         DataLoader(
             samples,
@@ -352,7 +347,7 @@ def load(
             num_workers=num_workers,
             prefetch_factor=math.ceil(ahead / num_workers),
             collate_fn=_as_is,
-            worker_init_fn=begin,
+            worker_init_fn=lambda _: children.end_with(parent),
             multiprocessing_context="fork",  # the model is shared with the loaders, not copied
             generator=torch.Generator(),
         )
