@@ -260,11 +260,11 @@ def test_bfloat16_depends_on_batches_and_threads_by_less_than_it_rounds(
     world, reference, tmp_path, set_threads
 ):
     narrow = World(world.model, world.pool_path, world.images, dtype="bfloat16")
-    alone = narrow.extract(tmp_path / "1", SMALL, batch_size=1, block_size=N)
+    alone = narrow.extract(tmp_path / "1", SMALL, batch_size=1)
     for batch_size, n_threads in [(3, 1), (8, 2)]:
         set_threads(n_threads)
         store = tmp_path / f"{batch_size}-{n_threads}"
-        together = narrow.extract(store, SMALL, batch_size=batch_size, block_size=7)
+        together = narrow.extract(store, SMALL, batch_size=batch_size)
         assert_closer_than_rounding(together, alone, reference)
 
 
