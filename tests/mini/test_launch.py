@@ -90,7 +90,7 @@ def write_run(run: Path, pool: str) -> None:
 
 def test_the_newest_subset_of_the_small_world(clone):
     """Subsets of other pools are passed over; one that is named is taken, and nothing else."""
-    pools = {"old": f"{clone}/{WORLD}/pool.json", "other": "/data/665k.json"}
+    pools = {"old": f"{clone}/{WORLD}/pool.json", "other": "/data/pool.json"}
     for age, (name, pool) in enumerate({**pools, "new": f"{WORLD}/pool.json"}.items()):
         write_run(clone / "outputs" / name, pool)
         os.utime(clone / "outputs" / name / "manifest.json", (age, age))
