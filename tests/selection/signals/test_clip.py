@@ -221,7 +221,7 @@ def test_another_checkpoint_is_another_store_and_its_place_is_not(world, tmp_pat
 def test_the_cost_is_estimated_without_computing_the_images(world, tmp_path, capsys):
     signal, settings = Clip(str(world.model)), ProxySettings(store=str(tmp_path), device="cpu")
     where = PoolSettings(str(world.path), str(world.images))
-    model = signal.open_model(world.pool, {}, "auto", "cpu")
+    model = signal.open_model(world.pool, {}, ProxySettings(device="cpu"))
     print_cost("clip", Request(signal, np.arange(N)), world.pool, where, settings, model)
     assert f"clip: {N} samples" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

@@ -115,7 +115,7 @@ def test_tied_inputs_are_held_once(adapted):
     held = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "selection.signals.gradients.backward._found",
+            "selection.signals.gradients.backward._use_gradients",
             lambda name, factors, use, x, g: held.update({name: x.data_ptr()}),
         )
         fast_gradients(proxy, items[1:2])
