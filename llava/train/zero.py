@@ -126,13 +126,13 @@ def _settle_numbers(
         ("bf16.enabled", bool(flags.bf16), "bf16"),
         ("fp16.enabled", bool(flags.fp16), "fp16"),
     ):
-        found = _get(settings, key)
-        if found is None:
+        in_file = _get(settings, key)
+        if in_file is None:
             _set(settings, key, "auto")
-        elif found not in ("auto", value):
+        elif in_file not in ("auto", value):
             raise UsageError(
-                f'{path}: "{key}" is {found} but --{flag} is {value}; write "auto" in the file '
-                f"or pass --{flag} {found}"
+                f'{path}: "{key}" is {in_file} but --{flag} is {value}; write "auto" in the file '
+                f"or pass --{flag} {in_file}"
             )
     _check_total(path, settings.setdefault("train_batch_size", "auto"), batch, steps, world_size)
 
