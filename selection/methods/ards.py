@@ -3,8 +3,8 @@
 Xu Yang, Chen Liu, Ying Wei. Data Selection Matters: Towards Robust Instruction Tuning of Large
 Multimodal Models. NeurIPS 2025. https://openreview.net/forum?id=5CFhUQCmkW
 
-    H^ = sum_t A_(L,t) H_t ;  r_i = [H_L ; H^]          signals/forward.py; joined by stream.py
-    C_1 .. C_M : clusters of r, per instruction format  formats.py, cluster.py
+    H^ = sum_t A_(L,t) H_t ;  r_i = [H_L ; H^]          signals/forward.py, vectors/stream.py
+    C_1 .. C_M : clusters of r, per instruction format  pool/formats.py, vectors/kmeans.py
     x' : symbols, permutation, noise; |l(x) - l(x')|    signals/perturbed.py
     S_m = top_B {x in C_m : |l(x) - l(x')|}             attack_keys, worst_case
     w_m = exp(l_Sm) / sum_m' exp(l_Sm')                 subgroup_weights
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from llava.errors import DataError, UsageError
+from llava.errors import DataError, UsageError, at_least
 from llava.lazy import Lazy
 from selection.methods.base import Context, Method, Request, Scored, SecondStage
 from selection.pool.formats import FORMATS, formats_of, perturbable
@@ -86,9 +86,8 @@ class Settings:
     """members of subgroups cannot be selected"""
 
     def __post_init__(self) -> None:
-        for name in ("n_clusters", "n_iter", "min_cluster_size", "subgroup_size", "max_orders"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        counts = ("n_clusters", "n_iter", "min_cluster_size", "subgroup_size", "max_orders")
+        at_least(1, self, *counts)
         if self.candidates < 0 or 0 < self.candidates < self.subgroup_size:
             raise UsageError(
                 f"--candidates {self.candidates}: give at least --subgroup_size "
@@ -169,20 +168,22 @@ def score_store(
 
     `columns` make up r_i; `members` are the unit vectors (B_m, D) float32 of each subgroup.
     """
+    # Where the score is linear in r_i one product gives it, else there is one for every member.
     linear = settings.similarity == "mean" and settings.aggregate == "weighted_sum"
     matrix = direction(members, weights) if linear else torch.cat(list(members)).T.contiguous()
     starts = np.cumsum([0, *(len(vectors) for vectors in members[:-1])])
 
     def score(_: slice, parts: stream.Parts) -> np.ndarray:
-        found = stream.cosines(parts, matrix)
+        cosines = stream.cosines(parts, matrix)
         if linear:
-            return found
-        found = similarity(found, starts, settings.similarity)
-        return information(found, weights, settings.aggregate)
+            return cosines
+        similarities = similarity(cosines, starts, settings.similarity)
+        return information(similarities, weights, settings.aggregate)
 
+    # A table of all cosines would be N x members; a chunk's is gone before the next one's comes.
     scores = np.empty(len(reader))
-    for part, found in stream.apply(reader, columns, score, settings.normalize_parts):
-        scores[part] = found
+    for part, part_scores in stream.apply(reader, columns, score, settings.normalize_parts):
+        scores[part] = part_scores
     return scores
 
 
@@ -228,10 +229,10 @@ class Ards(Method):
         groups, names = self._groups(context)
         if settings.clustering:
             labels, names, centroids = self._cluster(context, groups, names, fit_keys)
-            made, multiple = {"cluster_labels": labels, "centroids": centroids}, 1
+            artefacts, multiple = {"cluster_labels": labels, "centroids": centroids}, 1
         else:  # one cluster that stands for as many as there would have been
             multiple = settings.n_clusters * len(np.unique(groups[groups >= 0]))
-            labels, names, made = np.where(groups >= 0, 0, -1), ["pool"], {}
+            labels, names, artefacts = np.where(groups >= 0, 0, -1), ["pool"], {}
         clusters = self._clusters(labels, names, draw_keys, multiple)
         if not clusters:
             raise DataError(
@@ -239,9 +240,9 @@ class Ards(Method):
                 f"{settings.min_cluster_size} samples; lower it, or --n_clusters"
             )
         if not settings.perturbation:
-            return SecondStage(state=(clusters, made))
+            return SecondStage(state=(clusters, artefacts))
         rows = np.sort(np.concatenate([cluster.candidates for cluster in clusters]))
-        return SecondStage({"perturbed": Request(self._perturbed, rows)}, (clusters, made))
+        return SecondStage({"perturbed": Request(self._perturbed, rows)}, (clusters, artefacts))
 
     def foreseen(self, pool: Pool) -> dict[str, Request]:
         """Candidates of as many clusters as there can be, taken evenly from all that can be."""
@@ -258,14 +259,14 @@ class Ards(Method):
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """I(x_i) of the whole pool; artefacts: the clusters, the subgroups and their weights."""
-        clusters, made = context.stage.state
+        clusters, artefacts = context.stage.state
         losses = context.values("forward", "nll_mean")
         keys, copy_losses = self._attack(context, rng)
         subgroups = self._subgroups(context, clusters, keys, copy_losses)
         members = self._members(context, subgroups)
         means = [
-            np.concatenate([losses[found.rows], copy_losses[found.copies]]).mean()
-            for found in subgroups
+            np.concatenate([losses[subgroup.rows], copy_losses[subgroup.copies]]).mean()
+            for subgroup in subgroups
         ]
         weights = subgroup_weights(np.array(means))
         scores = np.full(len(context.pool), np.nan)
@@ -273,9 +274,9 @@ class Ards(Method):
         scores[reader.rows] = score_store(reader, self._columns, members, weights, self.settings)
         scores[~np.isfinite(losses)] = np.nan
         if self.settings.exclude_subgroups:
-            scores[np.concatenate([found.rows for found in subgroups])] = np.nan
+            scores[np.concatenate([subgroup.rows for subgroup in subgroups])] = np.nan
         report = [_describe(*entry, keys) for entry in zip(subgroups, means, weights, strict=True)]
-        return Scored(scores, {**made, "subgroups": report}, _notes(clusters, subgroups))
+        return Scored(scores, {**artefacts, "subgroups": report}, _notes(clusters, subgroups))
 
     @property
     def _perturbed(self) -> Perturbed:
@@ -317,7 +318,7 @@ class Ards(Method):
         """Cluster (N,) int32 of every sample, names of the clusters, and centroids (M, D)."""
         reader = context.readers["forward"]
         rows = reader.rows
-        made = cluster_groups(
+        clustered = cluster_groups(
             reader,
             self._columns,
             groups[rows],
@@ -327,10 +328,11 @@ class Ards(Method):
             normalize_parts=self.settings.normalize_parts,
         )
         labels = np.full(len(groups), -1, np.int32)
-        labels[rows] = made.labels
-        firsts = np.searchsorted(made.owner, made.owner)
-        labelled = zip(made.owner, np.arange(len(made.owner)) - firsts, strict=True)
-        return labels, [f"{names[owner]}_{m}" for owner, m in labelled], made.centroids
+        labels[rows] = clustered.labels
+        owners = clustered.owner  # ascending: clusters are numbered from 0 within each group
+        numbers = np.arange(len(owners)) - np.searchsorted(owners, owners)
+        named = [f"{names[owner]}_{m}" for owner, m in zip(owners, numbers, strict=True)]
+        return labels, named, clustered.centroids
 
     def _clusters(
         self, labels: np.ndarray, names: Sequence[str], keys: np.ndarray, multiple: int
@@ -366,34 +368,34 @@ class Ards(Method):
         copy_losses: np.ndarray,
     ) -> list[Subgroup]:
         """S_m of every cluster that has one. Raises DataError when none has."""
-        found = []
+        subgroups = []
         for cluster in clusters:
             worst = worst_case(keys[cluster.candidates], cluster.subgroup_size)
             if len(worst):
                 rows = cluster.candidates[worst]
-                found.append(Subgroup(cluster, rows, rows[~np.isnan(copy_losses[rows])]))
-        if not found:
+                subgroups.append(Subgroup(cluster, rows, rows[~np.isnan(copy_losses[rows])]))
+        if not subgroups:
             raise DataError(
                 f"{context.pool.path}: none of {sum(len(c.candidates) for c in clusters)} "
                 "candidates changed under perturbation (no image, and no multiple choice that "
                 "could be read); --perturbation false draws the subgroups at random"
             )
-        return found
+        return subgroups
 
     def _members(self, context: Context, subgroups: list[Subgroup]) -> list[torch.Tensor]:
         """Unit vectors (B_m, D) float32 of the members of every subgroup, clean ones first."""
-        wanted = {
-            "forward": [found.rows for found in subgroups],
-            "perturbed": [found.copies for found in subgroups],
+        members = {
+            "forward": [subgroup.rows for subgroup in subgroups],
+            "perturbed": [subgroup.copies for subgroup in subgroups],
         }
         parts, normalize = [], self.settings.normalize_parts
-        for signal, rows in wanted.items():
+        for signal, rows in members.items():
             if any(map(len, rows)):
                 reader = context.readers[signal]
                 positions = np.searchsorted(reader.rows, np.concatenate(rows))
                 vectors = stream.unit(stream.take(reader, self._columns, positions, normalize))
-                parts.append(vectors.split([len(mine) for mine in rows]))
-        return [torch.cat(own) for own in zip(*parts, strict=True)]
+                parts.append(vectors.split(list(map(len, rows))))
+        return [torch.cat(vectors) for vectors in zip(*parts, strict=True)]
 
 
 def _describe(subgroup: Subgroup, loss: float, weight: float, keys: np.ndarray) -> dict:
@@ -412,7 +414,7 @@ def _describe(subgroup: Subgroup, loss: float, weight: float, keys: np.ndarray) 
 
 
 def _notes(clusters: list[Cluster], subgroups: list[Subgroup]) -> tuple[str, ...]:
-    short = sum(len(found.rows) < found.cluster.subgroup_size for found in subgroups)
+    short = sum(len(subgroup.rows) < subgroup.cluster.subgroup_size for subgroup in subgroups)
     silent = len(clusters) - len(subgroups)
     notes = {
         f"{silent} clusters have nothing to perturb": silent,

@@ -19,6 +19,7 @@ from llava.errors import NonFiniteError
 from selection.methods.source import file_digest, file_of, session_digest
 from selection.rules.budget import top_k
 from selection.signals.base import ProxySignal
+from selection.vectors.mixing import GOLDEN, mixed
 
 if TYPE_CHECKING:
     from selection.pool.pool import Pool
@@ -132,7 +133,7 @@ class Context:
         They follow a sample's content, not its place: another order of the pool gives every sample
         the same number. Consumes one draw of `rng`; copies of one sample get different numbers.
         """
-        return _uniform(self.pool.uids, self._copies, rng.integers(2**63, dtype=np.uint64))
+        return _uniform(self.pool.uids, self._copies, int(rng.integers(2**63, dtype=np.uint64)))
 
     def values(self, signal: str, column: str) -> np.ndarray:
         """A scalar column by pool row, (N,) float64; NaN where the sample could not be scored."""
@@ -147,7 +148,7 @@ class Context:
         """How many samples with the same uid stand before each sample, (N,)."""
         whole = np.ascontiguousarray(self.pool.uids).view("V16").ravel()
         _, group, counts = np.unique(whole, return_inverse=True, return_counts=True)
-        copies = np.zeros(len(whole), np.uint64)
+        copies = np.zeros(len(whole), np.int64)
         order = np.argsort(group, kind="stable")
         first = np.repeat(np.cumsum(counts) - counts, counts)
         copies[order] = np.arange(len(whole)) - first
@@ -281,16 +282,10 @@ def stream(seed: int, *names: str) -> np.random.Generator:
     return np.random.default_rng([seed, *words.tolist()])
 
 
-def _uniform(uids: np.ndarray, copies: np.ndarray, salt: np.uint64) -> np.ndarray:
+def _uniform(uids: np.ndarray, copies: np.ndarray, salt: int) -> np.ndarray:
     """Hash `uids` (N, 16) uint8, the copy number and the salt to uniform numbers in [0, 1)."""
-    low, high = np.ascontiguousarray(uids).view("<u8").reshape(-1, 2).T
-    bits = _mix(_mix(_mix(low ^ salt) ^ high) + copies)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Finaliser of SplitMix64 (Steele et al. 2014): a bijection of uint64 that mixes all bits."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    low, high = np.ascontiguousarray(uids).view("<i8").reshape(-1, 2).T
+    bits = mixed((low ^ salt) + GOLDEN)
+    bits = mixed((bits ^ high) + GOLDEN)
+    bits = mixed(bits + copies + GOLDEN)
+    return (bits.view(np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53

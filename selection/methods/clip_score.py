@@ -61,6 +61,6 @@ class ClipScore(Method):
         if self.settings.text_only == "drop":
             return Scored(cosines)
         plain = ~context.pool.has_image
-        plain[[note["row"] for note in context.readers["clip"].bad]] = False
+        plain[context.readers["clip"].bad_rows] = False
         drawn = np.where(plain, context.keys(rng), cosines)
         return Scored(within_groups(drawn, plain.astype(np.int64)))

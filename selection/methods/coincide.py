@@ -3,8 +3,8 @@
 Jaewoo Lee, Boyang Li, Sung Ju Hwang. Concept-skill Transferability-based Data Selection for Large
 Vision-Language Models. EMNLP 2024. https://arxiv.org/abs/2406.10995
 
-    vision and language blocks of several layers        signals/blocks.py
-    spherical k-means of all of them                    cluster.py
+    vision and language blocks of several layers        signals/attention_means.py
+    spherical k-means of all of them                    vectors/kmeans.py
     S_i = mean cosine of centroid i to other centroids  transferability
     D_i = mean over pairs of exp(-d(x, y)^2 / 2)        kernel, its mean
     P_i = softmax(S_i / (tau D_i))                      water_fill, in logarithms
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llava.errors import DataError, UsageError
+from llava.errors import DataError, UsageError, at_least
 from llava.lazy import Lazy
 from selection.methods.base import Context, Method, Scored
 from selection.signals.attention_means import Blocks
@@ -59,9 +59,7 @@ class Settings:
     """tau: a larger one makes the shares of the clusters more alike"""
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "n_clusters", "n_iter"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        at_least(1, self, "n_layers", "n_clusters", "n_iter")
         if not self.temperature > 0:
             raise UsageError(f"--temperature {self.temperature}: give a number above 0")
 
@@ -73,15 +71,15 @@ def transferability(centroids: np.ndarray) -> np.ndarray:
     cosine 0 to all. Takes 1024 rows of the table of cosines at a time.
     """
     unit = stream.unit(torch.from_numpy(centroids))
-    found = np.empty(len(unit))
+    transfers = np.empty(len(unit))
     for start in range(0, len(unit), _ROWS):
         cosines = (unit[start : start + _ROWS] @ unit.T).double()
         others = cosines <= SAME_SKILL
         others[torch.arange(len(cosines)), start + torch.arange(len(cosines))] = False
         n_others = others.sum(dim=1)
         means = (cosines * others).sum(dim=1) / n_others.clamp_min(1)
-        found[start : start + _ROWS] = torch.where(n_others > 0, means, 1.0).numpy()
-    return found
+        transfers[start : start + _ROWS] = torch.where(n_others > 0, means, 1.0).numpy()
+    return transfers
 
 
 def kernel(vectors: torch.Tensor) -> np.ndarray:
@@ -108,8 +106,8 @@ def water_fill(logits: np.ndarray, sizes: np.ndarray, k: int) -> np.ndarray:
         # log of the sum of exp over this cluster and all after it
         rest = np.logaddexp.accumulate(logits[order][::-1])[::-1]
         for cluster, log_rest in zip(order, rest, strict=True):
-            wanted = round(k * float(np.exp(logits[cluster] - log_rest)))
-            given = min(wanted, int(sizes[cluster] - filled[cluster]), k)
+            share = round(k * float(np.exp(logits[cluster] - log_rest)))
+            given = min(share, int(sizes[cluster] - filled[cluster]), k)
             filled[cluster] += given
             k -= given
     return filled
@@ -121,13 +119,13 @@ def greedy_mmd(similar: np.ndarray, n: int) -> np.ndarray:
     Each is the one with which the picked set Y has the smallest MMD^2 to the cluster X, mean K_XX
     + mean K_YY - 2 mean K_XY, ties to the first; `similar` (m, m) is K_XX.
     """
-    own, to_cluster = np.diag(similar), similar.mean(axis=0)
+    to_itself, to_cluster = np.diag(similar), similar.mean(axis=0)
     to_picked = np.zeros(len(similar))  # sum over y in Y of K[c, y]
     picked = np.empty(n, np.int64)
     left = np.ones(len(similar), bool)
     for step in range(n):  # what all candidates have in common is left out
         size = step + 1
-        distance = (2 * to_picked + own) / size**2 - 2 * to_cluster / size
+        distance = (2 * to_picked + to_itself) / size**2 - 2 * to_cluster / size
         best = int(np.where(left, distance, np.inf).argmin())
         to_picked += similar[best]
         picked[step], left[best] = best, False
@@ -150,23 +148,24 @@ class Coincide(Method):
         """
         settings, reader = self.settings, context.readers["blocks"]
         rows = reader.rows
-        usable = ~np.isin(rows, [note["row"] for note in reader.bad])
+        usable = ~np.isin(rows, reader.bad_rows)
         keys = context.keys(rng)[rows]
-        made = cluster_rows(reader, COLUMNS, usable, keys, settings.n_clusters, settings.n_iter)
-        sizes = np.bincount(made.labels[made.labels >= 0], minlength=len(made.centroids))
+        skills = cluster_rows(reader, COLUMNS, usable, keys, settings.n_clusters, settings.n_iter)
+        sizes = np.bincount(skills.labels[skills.labels >= 0], minlength=len(skills.centroids))
         check_sizes(sizes)
-        skills = made.centroids[:, reader.columns["vision"].shape[0] :]
-        transfers = transferability(skills)
-        densities, orders = _densities_and_orders(reader, made.labels, len(sizes))
+        # S compares the language halves alone, D and the picking order whole vectors.
+        transfers = transferability(skills.centroids[:, reader.columns["vision"].shape[0] :])
+        densities, orders = _densities_and_orders(reader, skills.labels, len(sizes))
         logits = transfers / (np.maximum(densities, 1e-12) * settings.temperature)
         shares = water_fill(logits, sizes, min(context.k, int(sizes.sum())))
+        # No share counts as half a place, so that such a cluster comes after all that is chosen.
         labels, scores = np.full(len(context.pool), -1), np.full(len(context.pool), np.nan)
-        labels[rows] = made.labels
-        for cluster, own, place in orders:
-            scores[rows[own]] = -(place + 1.0) / max(shares[cluster], 0.5)
+        labels[rows] = skills.labels
+        for cluster, positions, places in orders:
+            scores[rows[positions]] = -(places + 1.0) / max(shares[cluster], 0.5)
         table = {"size": sizes, "transferability": transfers, "density": densities, "share": shares}
         report = {name: values.tolist() for name, values in table.items()}
-        return Scored(scores, {"cluster_labels": labels, "clusters": report}, (made.note,))
+        return Scored(scores, {"cluster_labels": labels, "clusters": report}, (skills.note,))
 
 
 def check_sizes(sizes: np.ndarray) -> None:
@@ -184,10 +183,10 @@ def _densities_and_orders(
 ) -> tuple[np.ndarray, list[tuple[int, np.ndarray, np.ndarray]]]:
     """D_i (M,), and per cluster (label, store rows, place of each in the picking order)."""
     densities, orders = np.ones(n_clusters), []
-    for cluster, own, vectors in members(reader, COLUMNS, labels):
+    for cluster, positions, vectors in members(reader, COLUMNS, labels):
         similar = kernel(stream.unit(vectors))
         densities[cluster] = similar.mean()
-        place = np.empty(len(own), np.int64)
-        place[greedy_mmd(similar, len(own))] = np.arange(len(own))
-        orders.append((cluster, own, place))
+        places = np.empty(len(positions), np.int64)
+        places[greedy_mmd(similar, len(positions))] = np.arange(len(positions))
+        orders.append((cluster, positions, places))
     return densities, orders

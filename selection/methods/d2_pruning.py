@@ -4,7 +4,7 @@ Adyasha Maharana, Prateek Yadav, Mohit Bansal. D2 Pruning: Message Passing for B
 and Difficulty in Data Pruning. ICLR 2024. https://arxiv.org/abs/2310.07931
 
     s_i: importance, here the AUM of the answer tokens      signals/forward.py
-    graph: k nearest neighbours of the proxy's mean state   neighbours.py
+    graph: k nearest neighbours of the proxy's mean state   vectors/neighbours.py
     forward: s_i + sum_j exp(-gamma_f d_ij^2) s_j           forward_messages
     take the largest, then its neighbours' s_j less
     exp(-gamma_r d_ij^2) s_i, and again                     selection_order
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava.errors import UsageError
+from llava.errors import at_least
 from selection.methods.base import Context, Method, Scored
 from selection.signals.forward import Forward
 from selection.vectors.neighbours import Neighbours
@@ -47,11 +47,8 @@ class Settings:
     """cells that are searched for neighbours in pools above 65,536 samples; 0: all"""
 
     def __post_init__(self) -> None:
-        if self.n_neighbours < 1:
-            raise UsageError(f"--n_neighbours {self.n_neighbours}: give a number of at least 1")
-        for name in ("gamma_forward", "gamma_reverse", "n_probe"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 0")
+        at_least(1, self, "n_neighbours")
+        at_least(0, self, "gamma_forward", "gamma_reverse", "n_probe")
 
 
 def forward_messages(importance: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ Mansheej Paul, Surya Ganguli, Gintare Karolina Dziugaite. Deep Learning on a Dat
 Important Examples Early in Training. NeurIPS 2021. https://arxiv.org/abs/2107.07075
 
     chi(x, y) = E ||p(w_t, x) - y||_2     signals/forward.py, mean over answer tokens
-    the middle of the ranking             bands.py
+    the middle of the ranking             rules/bands.py
 
 Differs from the paper and from COINCIDE's code: docs/methods/el2n.md.
 """

@@ -3,7 +3,7 @@
 Xindi Wu et al. ICONS: Influence Consensus for Vision-Language Data Selection. 2025.
 https://princetonvisualai.github.io/icons/
 
-    g~ = R g / |g|                                     signals/gradients.py
+    g~ = R g / |g|                                     signals/gradients/gradients.py
     I_k(z_i) = mean_j <g~_i, g~'_j>     (eq. 2)        influence.by_subtask, by_task
     S_ICONS: votes of the top p of each task (eq. 6)   consensus.vote
     I_Merge, I_Max, S_MinRank, ... (eq. 3-5)           consensus.aggregate
@@ -67,12 +67,12 @@ class Icons(Method):
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """Consensus of the influences; artefacts: the influences (N, K) and the tasks."""
-        found = self._on_targets(context, GRADIENTS)
+        by_subtask = self._on_targets(context, GRADIENTS)
         if self.settings.visual_dependency:
             lengths = [context.values(name, "norm") for name in (GRADIENTS, NOISE)]
-            found = influence.visual(found, self._on_targets(context, NOISE), *lengths)
+            by_subtask = influence.visual(by_subtask, self._on_targets(context, NOISE), *lengths)
         counts = influence.sizes(context.tasks, GRADIENTS)
-        by_task = influence.by_task(found, counts, self.settings.subtasks)
+        by_task = influence.by_task(by_subtask, counts, self.settings.subtasks)
         return agreement(context, by_task, counts, self.settings.aggregation)
 
     def _gradients(self, image: Literal["clean", "noise"]) -> Gradients:
@@ -90,24 +90,25 @@ def agreement(
     Samples that some signal could not be computed for have none; DataError when that is all of
     them. Raises NonFiniteError if another sample has no influence on some task.
     """
-    usable = np.ones(len(context.pool), bool)
-    usable[[note["row"] for reader in context.readers.values() for note in reader.bad]] = False
+    usable = influence.scored_rows(context)
     if not usable.any():
         raise DataError(f"{context.pool.path}: no sample of the pool could be scored")
     names = [task.name for task in context.tasks]
     check(by_task[usable], names)
     weights = np.array([task.weight for task in context.tasks])
+    # A task votes for as many samples as are kept (eq. 6), out of those that can be.
     k = min(context.k, int(usable.sum()))
     p = k / usable.sum()
     scores = np.full(len(by_task), np.nan)
     scores[usable] = aggregate(kind, by_task[usable], weights, p)
+    # How many samples a task has tells the reader of a run how much its vote can be trusted.
     facts = [
         {
             "name": task.name,
             "weight": task.weight,
-            "subtasks": dict(zip(task.subtasks, n, strict=True)),
+            "subtasks": dict(zip(task.subtasks, n_samples.tolist(), strict=True)),
         }
-        for task, n in zip(context.tasks, [mine.tolist() for mine in counts], strict=True)
+        for task, n_samples in zip(context.tasks, counts, strict=True)
     ]
     notes = _notes(kind, by_task[usable], weights, names, k)
     return Scored(scores, {"influence": by_task, "tasks": facts}, notes)

@@ -5,7 +5,7 @@ Simple but Tough-to-Beat Baseline for Instruction Fine-Tuning. ICML 2024.
 https://arxiv.org/abs/2402.04833
 
     number of tokens of the responses     signals/forward.py
-    the largest                           bands.py
+    the largest                           rules/bands.py
 
 Differs from the paper: docs/methods/length.md.
 """

@@ -2,7 +2,7 @@
 
 Mengzhou Xia et al. LESS: Selecting Influential Data for Targeted Instruction Tuning. ICML 2024.
 
-    Gamma(z, theta_i) : the step Adam takes for z            signals/gradients.py, kind adam
+    Gamma(z, theta_i) : the step Adam takes for z            signals/gradients/, kind adam
     Inf(z, V_s) = sum_i eta_i cos(mean_s grad l, Gamma_i)    weighted_sum, influence.by_subtask
     max_s Inf(z, V_s)                                        score
 
@@ -60,7 +60,7 @@ class Settings:
 def weighted_sum(influences: Sequence[np.ndarray], rates: Sequence[float]) -> np.ndarray:
     """Influences (N, S) at every checkpoint, weighted by its share of the learning rates."""
     total = sum(rates)
-    return sum(rate / total * found for rate, found in zip(rates, influences, strict=True))
+    return sum(rate / total * at_one for rate, at_one in zip(rates, influences, strict=True))
 
 
 class Less(Method):
@@ -83,15 +83,14 @@ class Less(Method):
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """Largest weighted influence; artefacts: that on every sub-task (N, S), their names."""
-        found = [
+        by_checkpoint = [
             influence.by_subtask(context, name, name, "gradient", normalize=False)
             for name in self._names
         ]
-        together = weighted_sum(found, self.settings.learning_rates or [1.0] * len(found))
+        rates = self.settings.learning_rates or [1.0] * len(by_checkpoint)
+        together = weighted_sum(by_checkpoint, rates)
         names = [title_of(task.name, name) for task in context.tasks for name in task.subtasks]
-        usable = np.ones(len(context.pool), bool)
-        usable[[note["row"] for reader in context.readers.values() for note in reader.bad]] = False
-        check(together[usable], names)
+        check(together[influence.scored_rows(context)], names)
         artefacts = {"influence": together, "tasks": [{"name": name} for name in names]}
         return Scored(together.max(axis=1), artefacts)
 

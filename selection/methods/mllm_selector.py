@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llava.errors import UsageError
+from llava.errors import UsageError, at_least
 from selection.methods.base import Context, Method, Scored, WarmUp
 from selection.methods.random import Random
 from selection.methods.random_stratified import largest_remainder
@@ -56,8 +56,7 @@ class Settings:
     """seed of the run of `random` that drew the seed set"""
 
     def __post_init__(self) -> None:
-        if self.group_size < 1:
-            raise UsageError(f"--group_size {self.group_size}: give a number of at least 1")
+        at_least(1, self, "group_size")
         if not self.temperature > 0:
             raise UsageError(f"--temperature {self.temperature}: give a number above 0")
 
@@ -122,8 +121,11 @@ class MllmSelector(Method):
             _describe(needed[groups == g], logits[groups == g]) for g in range(groups.max() + 1)
         ]
         artefacts = {"seed_rows": seed, "necessity": needed, "group": groups, "groups": facts}
-        notes = _notes(facts) if self.settings.strategy == "grouped" else ()
-        return Scored(scores, artefacts, notes)
+        notes = []
+        if self.settings.strategy == "grouped" and facts:
+            share = min(fact["effective_size"] / fact["n_samples"] for fact in facts)
+            notes = [f"{len(facts)} groups; effective sample size at least {share:.1%} of a group"]
+        return Scored(scores, artefacts, tuple(notes))
 
     def select(self, context: Context, scores: np.ndarray, k: int) -> np.ndarray:
         """The seed set, and from each group its share of the other samples by the largest score."""
@@ -169,10 +171,3 @@ def _describe(needed: np.ndarray, logits: np.ndarray) -> dict[str, float]:
         "highest": float(needed.max()),
         "effective_size": effective_size(logits),
     }
-
-
-def _notes(facts: list[dict[str, float]]) -> tuple[str, ...]:
-    if not facts:
-        return ()
-    share = min(fact["effective_size"] / fact["n_samples"] for fact in facts)
-    return (f"{len(facts)} groups; effective sample size at least {share:.1%} of a group",)

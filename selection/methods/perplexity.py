@@ -4,7 +4,7 @@ Max Marion et al. When Less is More: Investigating Data Pruning for Pretraining 
 https://arxiv.org/abs/2309.04564
 
     PPL(z) = exp(1/|z| sum_j NLL(t_j))    log_perplexity; NLL: signals/forward.py
-    the middle of the ranking             bands.py
+    the middle of the ranking             rules/bands.py
 
 Differs from the paper: docs/methods/perplexity.md.
 """

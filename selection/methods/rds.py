@@ -50,7 +50,9 @@ class Rds(Method):
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """Consensus of the mean cosines; artefacts as of ICONS."""
-        found = influence.by_subtask(context, "forward", "forward", "last_state", normalize=True)
+        by_subtask = influence.by_subtask(
+            context, "forward", "forward", "last_state", normalize=True
+        )
         counts = influence.sizes(context.tasks, "forward")
-        by_task = influence.by_task(found, counts, self.settings.subtasks)
+        by_task = influence.by_task(by_subtask, counts, self.settings.subtasks)
         return agreement(context, by_task, counts, self.settings.aggregation)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from llava.errors import UsageError
+from llava.errors import UsageError, at_least
 from llava.lazy import Lazy
 from selection.methods.base import Context, Method, Scored
 from selection.signals.clip import DEFAULT, Clip
@@ -71,12 +71,8 @@ class Settings:
     """cells that are searched for neighbours in pools above 65,536 samples; 0: all"""
 
     def __post_init__(self) -> None:
-        for name in ("net_epochs", "net_batch"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
-        for name in ("gamma", "n_probe"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 0")
+        at_least(1, self, "net_epochs", "net_batch")
+        at_least(0, self, "gamma", "n_probe")
         if not 0 <= self.n_penalised <= LISTED:
             raise UsageError(f"--n_penalised {self.n_penalised}: give a number in 0..{LISTED}")
 
@@ -105,14 +101,16 @@ def train_net(
     losses, counts = (torch.from_numpy(x).float() for x in (nll_sum, n_tokens))
     weight = torch.zeros(read(orders[0][:1]).shape[1], requires_grad=True)
     optimizer = torch.optim.AdamW([weight], lr, weight_decay=0.0)
+    # The features of a large pool fill no memory: they are read _BUFFER rows at a time, of which
+    # a batch takes its share; the last of a buffer may be smaller.
     with torch.inference_mode(False), torch.enable_grad():
         for order in orders:
             for start in range(0, len(order), _BUFFER):
-                rows = order[start : start + _BUFFER]
-                features, mine = read(rows), torch.from_numpy(rows)
-                for part in torch.arange(len(rows)).split(batch):
-                    own = mine[part]
-                    loss = weighted_loss(features[part] @ weight, losses[own], counts[own])
+                positions = order[start : start + _BUFFER]
+                features, buffered = read(positions), torch.from_numpy(positions)
+                for part in torch.arange(len(positions)).split(batch):
+                    rows = buffered[part]
+                    loss = weighted_loss(features[part] @ weight, losses[rows], counts[rows])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -145,11 +143,14 @@ def selection_order(
             continue  # taken, or its difficulty has changed since
         left[row] = False
         order.append(row)
+        # Of its list only samples that are left are penalised; one that was not cut holds all
+        # that there are and needs no renewal however few they be.
         open_ = (ids[row] >= 0) & left[ids[row]]
-        if np.count_nonzero(open_) < n_penalised and ids[row, -1] >= 0:  # the list was cut
+        if np.count_nonzero(open_) < n_penalised and ids[row, -1] >= 0:
             renewed, ids_now, cosines_now = renew(row, left, current)
             ids[renewed], cosines[renewed] = ids_now, cosines_now
             open_, n_renewals = ids[row] >= 0, n_renewals + 1
+        # The old entries of these samples stay in the heap and are passed over when they come.
         others, near = ids[row][open_][:n_penalised], cosines[row][open_][:n_penalised]
         current[others] -= current[row] * near.astype(np.float64) ** 2 * gamma
         for other in others.tolist():
@@ -195,10 +196,11 @@ class SelfFilter(Method):
         def renew(
             row: int, left: np.ndarray, now: np.ndarray
         ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            mine = nearly_used(row, graph.cells, ids, left, now)
-            found, apart = graph.nearest(mine, left, LISTED)
-            return mine, found, 1 - apart / 2
+            renewed = nearly_used(row, graph.cells, ids, left, now)
+            ids_now, squares_now = graph.nearest(renewed, left, LISTED)
+            return renewed, ids_now, 1 - squares_now / 2
 
+        # Of unit vectors a squared distance is 2 - 2 cosine.
         order, after, n_renewals = selection_order(
             difficulty,
             ids,
@@ -208,6 +210,7 @@ class SelfFilter(Method):
             settings.gamma,
             renew,
         )
+        # No penalty reaches beyond the budget: the rest goes by what the last choice left.
         after[order] = np.nan
         rest = np.argsort(-after, kind="stable")[: np.count_nonzero(~np.isnan(after))]
         taken, scores = np.concatenate([order, rest]), np.full(len(context.pool), np.nan)
@@ -220,7 +223,7 @@ class SelfFilter(Method):
         """d_i by pool row, (N,) float64; NaN for a sample that either model cannot score."""
         reader, settings = context.readers["clip"], self.settings
         losses, counts = (context.values("forward", name) for name in ("nll_sum", "n_tokens"))
-        losses[[note["row"] for note in reader.bad]] = np.nan
+        losses[reader.bad_rows] = np.nan
         if settings.difficulty == "loss":
             return losses / counts
         rows = reader.rows
@@ -229,13 +232,15 @@ class SelfFilter(Method):
         def read(positions: np.ndarray) -> Tensor:
             return stream.unit(stream.take(reader, COLUMNS, positions))
 
+        # An epoch's order follows what the samples hold, so that the pool's order is no matter.
         orders = [
             usable[np.argsort(context.keys(rng)[rows[usable]])] for _ in range(settings.net_epochs)
         ]
-        own = losses[rows], counts[rows]
-        weight = train_net(read, *own, orders, settings.net_batch, settings.net_lr)
+        weight = train_net(
+            read, losses[rows], counts[rows], orders, settings.net_batch, settings.net_lr
+        )
         difficulty = np.full(len(context.pool), np.nan)
-        for part, found in stream.apply(reader, COLUMNS, lambda _, x: stream.cosines(x, weight)):
-            difficulty[rows[part]] = -found
+        for part, logits in stream.apply(reader, COLUMNS, lambda _, x: stream.cosines(x, weight)):
+            difficulty[rows[part]] = -logits
         difficulty[np.isnan(losses)] = np.nan
         return difficulty

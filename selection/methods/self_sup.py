@@ -4,9 +4,9 @@ Ben Sorscher, Robert Geirhos, Shashank Shekhar, Surya Ganguli, Ari S. Morcos. Be
 laws: beating power law scaling via data pruning. NeurIPS 2022. https://arxiv.org/abs/2206.14486
 
     embedding: the proxy's last state                 signals/forward.py
-    k-means of the unit embeddings: the prototypes    cluster.py
+    k-means of the unit embeddings: the prototypes    vectors/kmeans.py
     difficulty: cosine distance to the own prototype  prototypicality, its negative
-    the easiest, or the hardest                       bands.py
+    the easiest, or the hardest                       rules/bands.py
 
 Differs from the paper: docs/methods/self_sup.md.
 """
@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from llava.errors import UsageError
+from llava.errors import at_least
 from llava.lazy import Lazy
 from selection.methods.base import Context, Method, Scored
 from selection.methods.semdedup import score_clusters
@@ -41,9 +41,7 @@ class Settings:
     """keep samples close to their prototype (easy) or far from it (hard)"""
 
     def __post_init__(self) -> None:
-        for name in ("n_clusters", "n_iter"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        at_least(1, self, "n_clusters", "n_iter")
 
 
 def prototypicality(vectors: torch.Tensor, prototype: torch.Tensor) -> np.ndarray:

@@ -4,7 +4,7 @@ Amro Abbas, Kushal Tirumala, Dániel Simig, Surya Ganguli, Ari S. Morcos. SemDeD
 learning at web-scale through semantic deduplication. 2023. https://arxiv.org/abs/2303.09540
 
     embedding: the proxy's last state               signals/forward.py
-    k-means of the unit embeddings                  cluster.py
+    k-means of the unit embeddings                  vectors/kmeans.py
     inside a cluster, far from the centroid first   keep_order
     M_j = max_(i before j) cos(i, j)                nearest_before, distinctness
     j is dropped when M_j > 1 - eps                 score = -M_j: the cut of the budget is eps - 1
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llava.errors import UsageError
+from llava.errors import at_least
 from llava.lazy import Lazy
 from selection.methods.base import Context, Method, Scored
 from selection.signals.forward import Forward
@@ -49,9 +49,7 @@ class Settings:
     """of near copies keep the one far from the centroid (hard) or close to it (easy)"""
 
     def __post_init__(self) -> None:
-        for name in ("n_clusters", "n_iter"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        at_least(1, self, "n_clusters", "n_iter")
 
 
 def keep_order(cosines: np.ndarray, keep: Literal["hard", "easy"]) -> np.ndarray:
@@ -67,14 +65,14 @@ def nearest_before(vectors: torch.Tensor) -> np.ndarray:
 
     -1 for the first row. Holds `_CHUNK` columns of the table of cosines at a time.
     """
-    found = np.full(len(vectors), -1.0)
+    largest = np.full(len(vectors), -1.0)
     for start in range(0, len(vectors), _CHUNK):
         part = vectors[start : start + _CHUNK]
         cosines = vectors[: start + len(part)] @ part.T  # (i, j - start)
         later = torch.arange(len(cosines))[:, None] >= start + torch.arange(len(part))
         best = cosines.masked_fill_(later, -1.0).amax(dim=0)
-        found[start : start + len(part)] = best.clamp(-1, 1).numpy()
-    return found
+        largest[start : start + len(part)] = best.clamp(-1, 1).numpy()
+    return largest
 
 
 def distinctness(
@@ -83,9 +81,9 @@ def distinctness(
     """-M_j (m,) float64 of the members `vectors` (m, D) of a cluster around `centroid` (D,)."""
     vectors = stream.unit(vectors)
     order = keep_order((vectors @ centroid).numpy(), keep)
-    found = np.empty(len(vectors))
-    found[order] = -nearest_before(vectors[torch.from_numpy(order)])
-    return found
+    scores = np.empty(len(vectors))
+    scores[order] = -nearest_before(vectors[torch.from_numpy(order)])
+    return scores
 
 
 def score_clusters(
@@ -101,14 +99,14 @@ def score_clusters(
     """
     reader = context.readers["forward"]
     rows = reader.rows
-    usable = ~np.isnan(context.values("forward", "nll_mean")[rows])
+    usable = ~np.isin(rows, reader.bad_rows)
     keys = context.keys(rng)[rows]
-    made = cluster_rows(reader, COLUMNS, usable, keys, settings.n_clusters, settings.n_iter)
+    clusters = cluster_rows(reader, COLUMNS, usable, keys, settings.n_clusters, settings.n_iter)
     scores, labels = np.full(len(context.pool), np.nan), np.full(len(context.pool), -1)
-    labels[rows] = made.labels
-    for label, own, vectors in members(reader, COLUMNS, made.labels):
-        scores[rows[own]] = score(vectors, torch.from_numpy(made.centroids[label]))
-    return Scored(scores, {"cluster_labels": labels}, (made.note,))
+    labels[rows] = clusters.labels
+    for label, positions, vectors in members(reader, COLUMNS, clusters.labels):
+        scores[rows[positions]] = score(vectors, torch.from_numpy(clusters.centroids[label]))
+    return Scored(scores, {"cluster_labels": labels}, (clusters.note,))
 
 
 class Semdedup(Method):

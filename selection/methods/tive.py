@@ -65,22 +65,22 @@ def quotas(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
     What a small task cannot give is shared among the others in the same proportion. Fractions go
     to the largest remainders, equal ones to the earlier task. Needs k <= counts.sum().
     """
-    found, open_ = np.zeros(len(values), np.int64), counts > 0
+    given, open_ = np.zeros(len(values), np.int64), counts > 0
     while open_.any():
-        left = k - found[~open_].sum()
+        left = k - given[~open_].sum()
         total = values[open_].sum()
         weights = values / total if total > 0 else np.full(len(values), 1 / open_.sum())
         ideal = np.where(open_, left * weights, 0.0)
         full = open_ & (ideal >= counts)
         if not full.any():
-            found[open_] = np.floor(ideal[open_])
-            rest = np.where(open_, ideal - found, -1.0)
+            given[open_] = np.floor(ideal[open_])
+            rest = np.where(open_, ideal - given, -1.0)
             order = np.argsort(-rest, kind="stable")
-            found[order[: k - found.sum()]] += 1
+            given[order[: k - given.sum()]] += 1
             break
-        found[full] = counts[full]
+        given[full] = counts[full]
         open_ &= ~full
-    return found
+    return given
 
 
 def instance_values(reader: StoreReader, task: np.ndarray, n_tasks: int) -> np.ndarray:
@@ -90,23 +90,26 @@ def instance_values(reader: StoreReader, task: np.ndarray, n_tasks: int) -> np.n
     """
     counts = np.maximum(np.bincount(task[task >= 0], minlength=n_tasks), 1)
 
+    # Sums by task as one product, in double precision from chunk to chunk; a row without numbers
+    # is zeroed, for 0 times NaN is NaN.
     def add(part: slice, parts: stream.Parts) -> torch.Tensor:
-        mine = torch.from_numpy(task[part])
-        member = (mine == torch.arange(n_tasks)[:, None]).float()  # (T, n)
-        return member @ parts[0].masked_fill((mine < 0)[:, None], 0.0)
+        chunk_tasks = torch.from_numpy(task[part])
+        member = (chunk_tasks == torch.arange(n_tasks)[:, None]).float()  # (T, n)
+        return member @ parts[0].masked_fill((chunk_tasks < 0)[:, None], 0.0)
 
     total = np.zeros((n_tasks, reader.columns["gradient"].shape[0]))
-    for _, found in stream.apply(reader, ["gradient"], add):
-        total += found.numpy()
+    for _, sums in stream.apply(reader, ["gradient"], add):
+        total += sums.numpy()
     means = torch.from_numpy((total / counts[:, None]).T).float()  # (D, T)
 
+    # Stored gradients have length one: a row's product with its task's mean is the mean cosine.
     def work(part: slice, parts: stream.Parts) -> np.ndarray:
-        own = torch.from_numpy(np.maximum(task[part], 0))[:, None]
-        return stream.products(parts, means).gather(1, own)[:, 0].numpy()
+        columns = torch.from_numpy(np.maximum(task[part], 0))[:, None]
+        return stream.products(parts, means).gather(1, columns)[:, 0].numpy()
 
     values = np.empty(len(reader))
-    for part, found in stream.apply(reader, ["gradient"], work):
-        values[part] = found
+    for part, mean_cosines in stream.apply(reader, ["gradient"], work):
+        values[part] = mean_cosines
     values[task < 0] = np.nan
     return values
 

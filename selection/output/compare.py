@@ -104,7 +104,8 @@ def compare_runs(
         rows = [run.rows for run in runs.values()]
         shared = overlaps(rows, rows)
         agree = rank_correlations([run.scores for run in runs.values()])
-        facts |= {"overlap": shared.tolist(), "rank_correlation": _plain(agree)}
+        plain = [[float(x) if np.isfinite(x) else None for x in row] for row in agree]
+        facts |= {"overlap": shared.tolist(), "rank_correlation": plain}
         _print("share of the row's subset that the column's has too", names, shared, "{:.1%}")
         _print("rank correlation of the scores", names, agree, "{:+.2f}")
         if out is not None:
@@ -187,10 +188,6 @@ def _distinct(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
     if len(set(names)) == len(names):
         return list(names)
     return [str(folder).strip("/.").replace("/", "_") for folder in folders]
-
-
-def _plain(matrix: np.ndarray) -> list[list[float | None]]:
-    return [[float(x) if np.isfinite(x) else None for x in row] for row in matrix]
 
 
 def _write(path: Path, figure: Figure) -> None:

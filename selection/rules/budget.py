@@ -36,6 +36,7 @@ def budget_size(budget: str | float | int, n: int, rounding: str = "nearest") ->
     `int(p * n)`. Raises UsageError for what is not a number, zero, negative, above the pool, or a
     fraction that rounds to no sample.
     """
+    # The text tells: 1 is one sample and 1.0 all of them, from a shell as from YAML or Python.
     text = str(budget).strip().replace("_", "")
     try:
         if text.endswith("%"):
@@ -77,18 +78,14 @@ def top_k(scores: np.ndarray, k: int, eligible: np.ndarray | None = None) -> Sel
     order = candidates[np.argsort(-scores[candidates], kind="stable")]  # stable: ties in pool order
     taken, left = order[:k], order[k:]
     cut = float(scores[taken[-1]]) if k else np.inf
-    best_left = float(scores[left[0]]) if len(left) else None
+    margin = np.inf
+    if len(left):
+        best_left = float(scores[left[0]])
+        margin = 0.0 if best_left == cut else cut - best_left  # 0 also for equal infinities
     return Selection(
         rows=np.sort(taken),
         cut=cut,
-        margin=_margin(cut, best_left),
+        margin=margin,
         n_tied=int(np.count_nonzero(scores[candidates] == cut)),
         n_tied_taken=int(np.count_nonzero(scores[taken] == cut)),
     )
-
-
-def _margin(cut: float, best_left: float | None) -> float:
-    """How far the best score left out is below the cut; 0 also for equal infinities."""
-    if best_left is None:
-        return np.inf
-    return 0.0 if best_left == cut else cut - best_left

@@ -117,9 +117,9 @@ def merge_sumnorm(influence: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def ranks(influence: np.ndarray) -> np.ndarray:
     """rank_k(z), 1 is the highest influence, equals in pool order: (n, K) int64."""
     order = np.argsort(-influence, axis=0, kind="stable")
-    found = np.empty_like(order)
-    np.put_along_axis(found, order, np.arange(1, len(order) + 1)[:, None], axis=0)
-    return found
+    places = np.empty_like(order)
+    np.put_along_axis(places, order, np.arange(1, len(order) + 1)[:, None], axis=0)
+    return places
 
 
 def minrank(influence: np.ndarray) -> np.ndarray:

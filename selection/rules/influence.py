@@ -25,9 +25,17 @@ if TYPE_CHECKING:
 torch = Lazy("torch")
 
 
+def scored_rows(context: Context) -> np.ndarray:
+    """Which pool rows every signal could be computed for, (N,) bool."""
+    scored = np.ones(len(context.pool), bool)
+    for reader in context.readers.values():
+        scored[reader.bad_rows] = False
+    return scored
+
+
 def usable(reader: StoreReader) -> np.ndarray:
     """Store rows that hold numbers, (n,) int64."""
-    return np.flatnonzero(~np.isin(reader.rows, [note["row"] for note in reader.bad]))
+    return np.flatnonzero(~np.isin(reader.rows, reader.bad_rows))
 
 
 def direction(reader: StoreReader, column: str, normalize: bool) -> np.ndarray:
@@ -52,10 +60,10 @@ def products(
     def work(_: slice, parts: stream.Parts) -> np.ndarray:
         return stream.cosines(parts, matrix) if normalize else stream.products(parts, matrix)
 
-    found = np.empty((len(reader), directions.shape[1]))
+    influences = np.empty((len(reader), directions.shape[1]))
     for part, values in stream.apply(reader, [column], work):
-        found[part] = values
-    return found
+        influences[part] = values
+    return influences
 
 
 def by_subtask(context: Context, signal: str, targets: str, column: str, normalize: bool):
@@ -64,10 +72,10 @@ def by_subtask(context: Context, signal: str, targets: str, column: str, normali
     readers = [reader for task in context.tasks for reader in task.readers[targets]]
     directions = np.stack([direction(reader, column, normalize) for reader in readers], axis=1)
     reader = context.readers[signal]
-    found = np.full((len(context.pool), directions.shape[1]), np.nan)
-    found[reader.rows] = products(reader, column, directions, normalize)
-    found[[note["row"] for note in reader.bad]] = np.nan
-    return found
+    influences = np.full((len(context.pool), directions.shape[1]), np.nan)
+    influences[reader.rows] = products(reader, column, directions, normalize)
+    influences[reader.bad_rows] = np.nan
+    return influences
 
 
 def sizes(tasks: Sequence[Task], signal: str) -> list[np.ndarray]:
@@ -80,10 +88,10 @@ def by_task(
 ) -> np.ndarray:
     """From sub-tasks (N, S) to tasks (N, K): the mean over a task's samples, or the largest of its
     sub-tasks. `counts` are the samples of the sub-tasks, by task."""
-    starts = np.cumsum([0, *(len(mine) for mine in counts)])[:-1]
+    starts = np.cumsum([0, *map(len, counts)])[:-1]
     if kind == "max":
         return np.maximum.reduceat(influence, starts, axis=1)
-    weights = np.concatenate([mine / mine.sum() for mine in counts])
+    weights = np.concatenate([n_samples / n_samples.sum() for n_samples in counts])
     return np.add.reduceat(influence * weights, starts, axis=1)
 
 

@@ -73,12 +73,12 @@ class Blocks(OnePass):
         return {"vision": vision, "language": language}
 
 
-def layers_read(n: int, wanted: int) -> list[int]:
-    """Indices of `wanted` of `n` layers at equal distances from one another and from both ends.
+def layers_read(n: int, n_read: int) -> list[int]:
+    """Indices of `n_read` of `n` layers at equal distances from one another and from both ends.
 
     3, 7, 11, 15, 19 for 5 of 24, as released.
     """
-    return sorted({max(round(n * i / (wanted + 1)) - 1, 0) for i in range(1, wanted + 1)})
+    return sorted({max(round(n * i / (n_read + 1)) - 1, 0) for i in range(1, n_read + 1)})
 
 
 def unit_blocks(means: Tensor) -> Tensor:

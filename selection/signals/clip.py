@@ -109,8 +109,8 @@ class ClipImages(OwnModelSignal):
         return ClipItem(scorer.pixels(sample.image))
 
     def compute(self, scorer: AnyClip, items: list[ClipItem]) -> dict[str, np.ndarray]:
-        found = scorer.encode_images(torch.stack([item.tensor for item in items]))
-        return {"image_features": found.cpu().numpy().astype(scorer.stored_dtype)}
+        features = scorer.encode_images(torch.stack([item.tensor for item in items]))
+        return {"image_features": features.cpu().numpy().astype(scorer.stored_dtype)}
 
 
 @dataclass(frozen=True)

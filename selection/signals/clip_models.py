@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava.errors import RefusedError, UsageError
+from llava.files import add_files
 from llava.model.checkpoint import Checkpoint
 from llava.model.sources import find_directory, quiet_transformers, read_json
 from llava.vlm import pick_device, pick_dtype
@@ -39,11 +40,7 @@ _BROKEN = (*_UNREADABLE, RuntimeError, TypeError, pickle.UnpicklingError, Safete
 def files_content(folder: Path) -> str:
     """xxh3-128 over all configurations, weights and words in `folder`; reads every byte."""
     digest = xxhash.xxh3_128()
-    for file in sorted(file for pattern in _FILES for file in folder.glob(pattern)):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+    add_files(digest, sorted(file for pattern in _FILES for file in folder.glob(pattern)))
     return digest.hexdigest()
 
 
@@ -96,8 +93,8 @@ class ClipModel:
         length, end = max(map(padded, ids)), self.tokenizer.eos_token_id
         rows = [F.pad(row, (0, min(length, self.max_length) - len(row)), value=end) for row in ids]
         with StableRows():
-            found = self.model.get_text_features(torch.stack(rows).to(self.model.device))
-        return _unit(found.pooler_output)
+            output = self.model.get_text_features(torch.stack(rows).to(self.model.device))
+        return _unit(output.pooler_output)
 
 
 class OpenClipModel:
@@ -138,13 +135,13 @@ class OpenClipModel:
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Unit features (B, D) float32 of `pixels` (B, 3, H, W)."""
-        found = self.model.encode_image(_many(pixels).to(self.device, self.dtype))
-        return _unit(found[: len(pixels)])
+        features = self.model.encode_image(_many(pixels).to(self.device, self.dtype))
+        return _unit(features[: len(pixels)])
 
     def encode_texts(self, ids: list[Tensor]) -> Tensor:
         """Unit features (B, D) float32 of tokenised texts."""
-        found = self.model.encode_text(_many(torch.stack(ids)).to(self.device))
-        return _unit(found[: len(ids)])
+        features = self.model.encode_text(_many(torch.stack(ids)).to(self.device))
+        return _unit(features[: len(ids)])
 
 
 AnyClip = ClipModel | OpenClipModel
@@ -153,8 +150,8 @@ AnyClip = ClipModel | OpenClipModel
 @lru_cache(maxsize=1)
 def load_clip(name: str, dtype: str, device: str) -> AnyClip:
     """The checkpoint `name`, read once per process; UsageError when it cannot be read."""
-    where, folder = pick_device(device), find_directory(name)
-    return _class_of(folder)(folder, pick_dtype(dtype, where), where)
+    on, folder = pick_device(device), find_directory(name)
+    return _class_of(folder)(folder, pick_dtype(dtype, on), on)
 
 
 @lru_cache

@@ -128,8 +128,8 @@ def token_scores(
         nothing = torch.zeros(0, device=states.device)
         return TokenScores(nothing, nothing, nothing)
     parts = [
-        _score_rows(rows, wanted, weight, bias, vocabulary_chunk)
-        for rows, wanted in zip(states.split(row_chunk), targets.split(row_chunk), strict=True)
+        _score_rows(rows, words, weight, bias, vocabulary_chunk)
+        for rows, words in zip(states.split(row_chunk), targets.split(row_chunk), strict=True)
     ]
     return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -148,18 +148,21 @@ def _score_rows(
     for start in range(0, len(weight), chunk):
         part = slice(start, start + chunk)
         logits = F.linear(states, weight[part], None if bias is None else bias[part]).float()
+        # The target's own logit, where it is in this part of the vocabulary.
         column = targets - start
-        here = (column >= 0) & (column < logits.shape[1])
+        inside = (column >= 0) & (column < logits.shape[1])
         column = column.clamp(0, logits.shape[1] - 1)[:, None]
         chosen = logits.gather(1, column)
-        true = torch.where(here, chosen[:, 0], true)
+        true = torch.where(inside, chosen[:, 0], true)
+        # Sums so far are brought to the new maximum, so that no exp overflows.
         new_top = torch.maximum(top, logits.amax(1))
         shrink = (top - new_top).exp()
         exp = (logits - new_top[:, None]).exp()
         total = total * shrink + exp.sum(1)
         squares = squares * shrink.square() + exp.square().sum(1)
         top = new_top
-        logits.scatter_(1, column, torch.where(here[:, None], -torch.inf, chosen))
+        # With the target's taken out the maximum is that of the others.
+        logits.scatter_(1, column, torch.where(inside[:, None], -torch.inf, chosen))
         other = torch.maximum(other, logits.amax(1))
     p_true, p_other = (true - top).exp() / total, (other - top).exp() / total
     # ||p - onehot||^2 = sum p^2 - 2 p_true + 1; rounding may push a perfect prediction below 0.

@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 
 from llava.errors import UsageError
+from llava.files import digest_of
 from llava.lazy import Lazy
 from selection.signals.base import OwnModelSignal, Sample
 from selection.signals.clip import text_of
@@ -115,22 +116,18 @@ class ImageReward(OwnModelSignal):
             for name in ("ids", "mask")
         )
         with StableRows():
-            found = scorer.model(pixels, ids, mask).cpu().numpy()
-        # Here NaN says "does not apply"; one that was computed has to be listed.
-        return {"image_reward": np.where(np.isnan(found), np.float32(np.inf), found)}
+            rewards = scorer.model(pixels, ids, mask).cpu().numpy()
+        # In this column NaN says "does not apply"; one that was computed has to be listed.
+        return {"image_reward": np.where(np.isnan(rewards), np.float32(np.inf), rewards)}
 
 
 @lru_cache
 def file_content(path: str) -> str:
     """xxh3-128 of the file at `path`; UsageError when it cannot be read."""
-    digest = xxhash.xxh3_128()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+        return digest_of(path, xxhash.xxh3_128)
     except OSError as error:
         raise UsageError(f"--image_reward {path}: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 @lru_cache

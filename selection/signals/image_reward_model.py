@@ -69,18 +69,19 @@ class ImageRewardModel(nn.Module):
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The published file's tensors under the names of `ImageRewardModel`; what it lacks is left."""
-    found = {}
+    tensors = {}
     for name, tensor in state.items():
         for pattern, replacement in _NAMES:
             new, n = re.subn(pattern, replacement, name)
             if n:
-                found[new] = tensor
+                tensors[new] = tensor
                 break
-    return found
+    return tensors
 
 
 def sizes_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configurations of vision and text that renamed tensors (`renamed`) belong to."""
+    # Most sizes are shapes of tensors; heads are 64 wide in every BLIP.
     patch = state["vision.embeddings.patch_embedding.weight"]  # (D, 3, P, P)
     n_patches = state["vision.embeddings.position_embedding"].shape[1] - 1
     words = state["text.embeddings.word_embeddings.weight"]
@@ -122,14 +123,15 @@ class RewardModel:
             state = load_file(path) if suffix else torch.load(path, "cpu", weights_only=True)
             state = renamed(state)
             self.model = ImageRewardModel(*sizes_of(state))
-            own = set(self.model.state_dict())
-            known = {name: tensor for name, tensor in state.items() if name in own}
-            self.model.load_state_dict(known)
+            # The published file holds tensors that scoring does not read; one too few is an error.
+            names = set(self.model.state_dict())
+            self.model.load_state_dict({name: state[name] for name in state if name in names})
         except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(
                 f"--image_reward {path}: not ImageReward's weights ({reason})"
             ) from None
+        # Pixels and words as the published code prepares them.
         safely = {"local_files_only": True, "trust_remote_code": False}
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer, **safely)
         side = self.model.vision.config.image_size

@@ -31,10 +31,7 @@ class OnePass(ProxySignal):
         return "forward"
 
     def prepare(self, proxy: Vlm, sample: Sample) -> Prepared:
-        item = proxy.prepare(sample.record, sample.image)
-        if not bool((item.labels[1:] != IGNORE_INDEX).any()):
-            raise DataError(f"no answer token within the first {proxy.max_length} tokens")
-        return item
+        return with_answer(proxy, sample)
 
     def watching(self, proxy: Vlm, batch: Batch) -> AbstractContextManager[Any]:
         """Around the pass: what is in the context is handed to `read`."""
@@ -54,12 +51,20 @@ class OnePass(ProxySignal):
             seen = [stack.enter_context(signal.watching(proxy, batch)) for signal in signals]
             out = proxy.forward(batch)
         return [
-            _stored(signal, proxy, signal.read(proxy, batch, out, mine))
-            for signal, mine in zip(signals, seen, strict=True)
+            _stored(signal, proxy, signal.read(proxy, batch, out, watched))
+            for signal, watched in zip(signals, seen, strict=True)
         ]
 
 
-def _stored(signal: OnePass, proxy: Vlm, found: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def _stored(signal: OnePass, proxy: Vlm, columns: dict[str, Tensor]) -> dict[str, np.ndarray]:
     dtypes = {column.name: column.dtype for column in signal.columns(proxy)}
     with np.errstate(over="ignore"):  # what float16 cannot hold becomes inf: quarantined
-        return {name: t.cpu().numpy().astype(dtypes[name]) for name, t in found.items()}
+        return {name: t.cpu().numpy().astype(dtypes[name]) for name, t in columns.items()}
+
+
+def with_answer(proxy: Vlm, sample: Sample) -> Prepared:
+    """The inputs of a sample; DataError where the model's length leaves no answer token."""
+    item = proxy.prepare(sample.record, sample.image)
+    if not bool((item.labels[1:] != IGNORE_INDEX).any()):
+        raise DataError(f"no answer token within the first {proxy.max_length} tokens")
+    return item

@@ -55,13 +55,15 @@ def perturbations(
         max_orders: at most this many copies; the default is all for up to five options.
         permute: False leaves the order alone, so that there is one copy, under other symbols.
     """
+    # The orders of each question are drawn apart, so that one more turn changes no other's.
     questions = choice_turns(turns)
     limit = max_orders if permute else 1
     ways = {
         index: attacks.orders(len(question.options), f"{key}|{index}", limit)
         for index, (question, _) in questions.items()
     }
-    n_copies = max((len(found) for found in ways.values()), default=0)
+    n_copies = max(map(len, ways.values()), default=0)
+    # An answer is exchanged where it stands, with the space that it has around it.
     copies = []
     for k in range(n_copies):
         copy = [tuple(turn) for turn in turns]
@@ -81,7 +83,7 @@ def choice_turns(turns: Turns) -> dict[int, tuple[attacks.Question, int]]:
 
     A turn is one when its text parses and the next turn is the bare symbol of an option.
     """
-    found = {}
+    questions = {}
     for index, ((role, text), (next_role, answer)) in enumerate(
         zip(turns, turns[1:], strict=False)
     ):
@@ -90,8 +92,8 @@ def choice_turns(turns: Turns) -> dict[int, tuple[attacks.Question, int]]:
         question = attacks.parse_question(text)
         gold = question.option(answer) if question else None
         if gold is not None:
-            found[index] = (question, gold)
-    return found
+            questions[index] = (question, gold)
+    return questions
 
 
 def signal_and_noise(step: int) -> tuple[float, float]:
@@ -107,6 +109,12 @@ def signal_and_noise(step: int) -> tuple[float, float]:
     return math.sqrt(kept), math.sqrt(1 - kept)
 
 
+def noise_generator(key: str) -> np.random.Generator:
+    """The generator of a sample's noise, keyed with sha256 of `key`: the same on every machine."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16])))
+
+
 def diffuse(image: Image.Image, uid: str, step: int = 300, seed: int = 0) -> Image.Image:
     """`image` after `step` steps of forward diffusion, clamped to [0, 1], as 8-bit RGB.
 
@@ -115,9 +123,7 @@ def diffuse(image: Image.Image, uid: str, step: int = 300, seed: int = 0) -> Ima
     sha256 of seed and uid: the same sample gets the same noise in every run and on every machine.
     """
     signal, noise = signal_and_noise(step)
-    digest = hashlib.sha256(f"{seed}|{uid}".encode()).digest()
-    draw = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16])))
-    pixels = np.array(image.convert("RGB"))
+    draw, pixels = noise_generator(f"{seed}|{uid}"), np.array(image.convert("RGB"))
     flat = pixels.reshape(-1)
     for start in range(0, flat.size, _BAND):
         band = flat[start : start + _BAND]

@@ -31,7 +31,7 @@ import msgspec
 import numpy as np
 
 from llava.conversation import check_turns
-from llava.errors import UsageError
+from llava.errors import UsageError, at_least
 from llava.eval.question import MAX_ORDERS, SYMBOLS
 from llava.lazy import Lazy
 from llava.records import Turn
@@ -99,8 +99,7 @@ class Perturbed(ProxySignal):
             raise UsageError(f"symbols {self.symbols!r}: choose {', '.join(SYMBOLS)} or none")
         if self.symbols is None and not self.permute:
             raise UsageError("neither other symbols nor other orders: nothing would be perturbed")
-        if self.max_orders < 1:
-            raise UsageError(f"max_orders {self.max_orders}: give a number of at least 1")
+        at_least(1, self, "max_orders", prefix="")
         if not 0 <= self.diffusion_step < DIFFUSION_STEPS:
             raise UsageError(
                 f"diffusion_step {self.diffusion_step}: give a number in 0..{DIFFUSION_STEPS - 1}"
@@ -162,7 +161,7 @@ class Perturbed(ProxySignal):
                 for name, values in self._image_columns(proxy, items).items():
                     columns[name][:] = values
         if kind != KIND_NONE:
-            for name in LOSSES:  # here NaN is a failure; as an infinity it is quarantined
+            for name in LOSSES:  # of these kinds NaN is a failure; as an infinity it is quarantined
                 columns[name][np.isnan(columns[name])] = np.inf
         return columns
 
@@ -170,14 +169,17 @@ class Perturbed(ProxySignal):
         """Columns of one sample, from all its orders in two model calls."""
         from llava.vlm.versions import run_together, score
 
+        # The clean version is the first; all are scored by what they add to a common beginning.
         images = proxy.image_inputs(item.versions[:1])
         run = run_together(proxy.model, item.versions, images, proxy.recorder, proxy.pad_id)
         scores = score(run, proxy.head)
         losses = scores.nll_mean.cpu().numpy()
         gaps = np.abs(losses[1:] - losses[0])
         order = int(np.argmax(gaps))
+        # Answers beyond the model's length are not read, so they cannot be wrong.
         answers = [answer for answer in item.answers if answer < scores.wrong.shape[1]]
         failed = np.flatnonzero(scores.wrong[1:, answers].any(1).cpu().numpy())
+        # Whole states of the copy with the largest gap alone: a beginning is shared until then.
         hidden, attention = run.states(1 + order)
         last = torch.tensor([hidden.shape[1] - 1], device=hidden.device)
         last_state, attention_state, _ = pooled_states(hidden, attention, last)
@@ -197,8 +199,8 @@ class Perturbed(ProxySignal):
     def _image_columns(self, proxy: Vlm, items: list[Copies]) -> dict[str, np.ndarray]:
         """Columns of samples that share a padded length: clean and noisy rows in one batch."""
         batch = proxy.collate([version for item in items for version in item.versions])
-        found = forward_columns(proxy, batch, proxy.forward(batch))
-        arrays = {name: tensor.cpu().numpy() for name, tensor in found.items()}
+        columns = forward_columns(proxy, batch, proxy.forward(batch))
+        arrays = {name: tensor.cpu().numpy() for name, tensor in columns.items()}
         clean, noisy = arrays["nll_mean"][::2], arrays["nll_mean"][1::2]
         gap = np.abs(noisy.astype(np.float64) - clean)
         states = {name: arrays[name][1::2] for name in (*STATES, "attention_self")}

@@ -99,6 +99,7 @@ def cluster_groups(
     `groups` (n,) int64 >= 0, -1 for rows to leave out. The centroids are fitted on the 256 k rows
     of a group with the smallest `keys` (n,), in that order.
     """
+    # Centroids of every group, from its own sample: the pool is too large to be held for fitting.
     centroids, owner = [], []
     for group in np.unique(groups[groups >= 0]):
         rows = np.flatnonzero(groups == group)
@@ -111,13 +112,14 @@ def cluster_groups(
     if not centroids:
         width = sum(reader.columns[name].shape[0] for name in names)
         return Clusters(labels, np.zeros((0, width), np.float32), np.zeros(0, np.int64))
+    # Then one pass labels the rows of all groups, each among the centroids of its own.
     matrix, owner = np.concatenate(centroids), np.asarray(owner, np.int64)
 
     def label(part: slice, parts: stream.Parts) -> np.ndarray:
         return nearest(parts, matrix, groups[part], owner)
 
-    for part, found in stream.apply(reader, names, label, normalize_parts):
-        labels[part] = found
+    for part, part_labels in stream.apply(reader, names, label, normalize_parts):
+        labels[part] = part_labels
     return Clusters(labels, matrix, owner)
 
 
@@ -149,19 +151,19 @@ def members(
     """
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
-    found, starts = np.unique(labels[order], return_index=True)
+    present, starts = np.unique(labels[order], return_index=True)
     stops = [*starts[1:].tolist(), len(order)]
     width = sum(reader.columns[name].shape[0] for name in names)
     most, first = max(1, BATCH_BYTES // (4 * width)), 0
-    while first < len(found):
+    while first < len(present):
         last = first + 1
-        while last < len(found) and stops[last] - starts[first] <= most:
+        while last < len(present) and stops[last] - starts[first] <= most:
             last += 1
         rows = order[starts[first] : stops[last - 1]]
         vectors = stream.take(reader, names, rows)
         for i in range(first, last):
             part = slice(starts[i] - starts[first], stops[i] - starts[first])
-            yield int(found[i]), rows[part], vectors[part]
+            yield int(present[i]), rows[part], vectors[part]
         first = last
 
 

@@ -58,8 +58,8 @@ class Neighbours:
             self._centroids = np.zeros((1, 1), np.float32)
         else:
             groups = np.where(usable, 0, -1)
-            made = cluster_groups(reader, names, groups, keys, n_cells, N_ITER)
-            self.cells, self._centroids = made.labels, made.centroids
+            clustered = cluster_groups(reader, names, groups, keys, n_cells, N_ITER)
+            self.cells, self._centroids = clustered.labels, clustered.centroids
         order = np.argsort(self.cells, kind="stable")
         bounds = np.searchsorted(self.cells[order], np.arange(len(self._centroids)))
         self._members = np.split(order, bounds)[1:]
@@ -76,23 +76,23 @@ class Neighbours:
         homes = self.cells[rows]
         for cell in np.unique(homes[homes >= 0]):
             candidates = self._candidates(int(cell), among, k)
-            mine = np.flatnonzero(homes == cell)
-            for start in range(0, len(mine), _QUERIES):
-                part = mine[start : start + _QUERIES]
+            places = np.flatnonzero(homes == cell)
+            for start in range(0, len(places), _QUERIES):
+                part = places[start : start + _QUERIES]
                 ids[part], squares[part] = self._search(rows[part], candidates, k)
         return ids, squares
 
     def _candidates(self, cell: int, among: np.ndarray, k: int) -> np.ndarray:
         """Rows of the cells nearest to `cell` where `among`, ascending."""
-        found, n = [], 0
+        searched, n = [], 0
         near = np.argsort(-(self._centroids @ self._centroids[cell]), kind="stable")
         for place, other in enumerate(near):
             if place >= self._n_probe and n > k:
                 break
             members = self._members[other]
-            found.append(members[among[members]])
-            n += len(found[-1])
-        return np.sort(np.concatenate(found))
+            searched.append(members[among[members]])
+            n += len(searched[-1])
+        return np.sort(np.concatenate(searched))
 
     def _search(
         self, rows: np.ndarray, candidates: np.ndarray, k: int
@@ -102,8 +102,8 @@ class Neighbours:
         ids, squares = torch.full((len(rows), k), -1), torch.full((len(rows), k), torch.inf)
         for start in range(0, len(candidates), _CANDIDATES):
             part = candidates[start : start + _CANDIDATES]
-            found = _nearest(rows, queries, part, self._take(part), k)
-            ids, squares = (torch.cat(x, dim=1) for x in zip((ids, squares), found, strict=True))
+            new_ids, new_squares = _nearest(rows, queries, part, self._take(part), k)
+            ids, squares = torch.cat([ids, new_ids], 1), torch.cat([squares, new_squares], 1)
             squares, order = squares.sort(dim=1, stable=True)
             squares, ids = squares[:, :k], ids.gather(1, order[:, :k])
         return ids.numpy(), squares.numpy()
@@ -134,6 +134,6 @@ def _nearest(
         len(rows),
         n,
     )
-    found = torch.from_numpy(others[places])
-    itself = found == torch.from_numpy(rows)[:, None]
-    return found.masked_fill(itself, -1), squares.masked_fill(itself, torch.inf)
+    ids = torch.from_numpy(others[places])
+    itself = ids == torch.from_numpy(rows)[:, None]
+    return ids.masked_fill(itself, -1), squares.masked_fill(itself, torch.inf)

@@ -33,13 +33,14 @@ from scipy.sparse.linalg import lobpcg
 from threadpoolctl import threadpool_limits
 
 from llava.errors import DataError
+from selection.vectors.stream import unit_rows
 
 N_NEIGHBOURS = 30
 BLOCK = 4096  # rows whose neighbours one thread looks for at a time
 DENSE = 1500  # rows up to which all eigenvectors are computed at once
-GUARD = 8  # more vectors than are wanted, for faster convergence
-TOLERANCE = 1e-5  # largest residual |L v - lambda v| of a wanted eigenvector
-ROUND = 10  # iterations between two looks at the wanted residuals
+GUARD = 8  # more vectors than are asked for, for faster convergence
+TOLERANCE = 1e-5  # largest residual |L v - lambda v| of a vector that is asked for
+ROUND = 10  # iterations between two looks at the residuals
 MAX_ROUNDS = 50
 
 
@@ -52,18 +53,12 @@ def spectral_clusters(
     clusters every distinct row is its own. `seed` starts the eigensolver and changes rounding only.
     DataError where the eigensolver does not converge.
     """
-    distinct, member = distinct_rows(unit(rows))
+    distinct, member = distinct_rows(unit_rows(rows))
     if len(distinct) <= n_clusters:
         return member.astype(np.int32)
     with threadpool_limits(1, "blas"):  # sums depend on how many threads share them
         graph = connected(affinity(distinct, n_neighbours), distinct, n_neighbours)
         return cluster_qr(embedding(graph, n_clusters, seed)).astype(np.int32)[member]
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of length one, float32; rows of zeros stay."""
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, where=norms > 0, out=np.zeros(rows.shape, np.float32))
 
 
 def distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -79,12 +74,12 @@ def distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def affinity(rows: np.ndarray, n_neighbours: int) -> sp.csr_matrix:
     """Symmetric (n, n) weights in 0..1 of each unit row (n, D) with its nearest others."""
     k = min(n_neighbours, len(rows) - 1)
-    cosines, found = nearest(rows, rows, k + 1)
-    own = found == np.arange(len(rows))[:, None]
-    own[~own.any(1), -1] = True  # pushed out by equal ones: the farthest goes instead
-    weights = (1 + cosines[~own].clip(-1, 1)) / 2
+    cosines, ids = nearest(rows, rows, k + 1)
+    itself = ids == np.arange(len(rows))[:, None]
+    itself[~itself.any(1), -1] = True  # pushed out by equal ones: the farthest goes instead
+    weights = (1 + cosines[~itself].clip(-1, 1)) / 2
     starts = np.arange(len(rows) + 1) * k
-    directed = sp.csr_matrix((weights, found[~own], starts), shape=(len(rows),) * 2, dtype=float)
+    directed = sp.csr_matrix((weights, ids[~itself], starts), shape=(len(rows),) * 2, dtype=float)
     return ((directed + directed.T) / 2).tocsr()
 
 
@@ -100,8 +95,8 @@ def nearest(rows: np.ndarray, others: np.ndarray, k: int) -> tuple[np.ndarray, n
 
     n_threads = faiss.omp_get_max_threads()
     with ThreadPoolExecutor(n_threads, "", faiss.omp_set_num_threads, (1,)) as pool:
-        cosines, found = zip(*pool.map(search, range(0, len(rows), BLOCK)), strict=True)
-    return np.concatenate(cosines), np.concatenate(found)
+        cosines, ids = zip(*pool.map(search, range(0, len(rows), BLOCK)), strict=True)
+    return np.concatenate(cosines), np.concatenate(ids)
 
 
 def connected(graph: sp.csr_matrix, rows: np.ndarray, n_links: int) -> sp.csr_matrix:
@@ -117,8 +112,8 @@ def connected(graph: sp.csr_matrix, rows: np.ndarray, n_links: int) -> sp.csr_ma
     centres = np.array([_centre(rows, np.flatnonzero(part == p)) for p in range(n_parts)])
     centres = np.delete(centres, largest)
     k = min(n_links, len(inside))
-    cosines, found = nearest(rows[centres], rows[inside], k)
-    pairs = np.repeat(centres, k), inside[found.ravel()]
+    cosines, places = nearest(rows[centres], rows[inside], k)
+    pairs = np.repeat(centres, k), inside[places.ravel()]
     weights = (1 + cosines.ravel().clip(-1, 1)) / 4  # the mean of one direction and none
     links = sp.coo_matrix((weights, pairs), shape=graph.shape)
     return (graph + links + links.T).tocsr()
@@ -148,10 +143,10 @@ def _lowest(laplacian: sp.csr_matrix, scale: np.ndarray, n: int, seed: int) -> n
         solver = pyamg.smoothed_aggregation_solver(shifted.tocsr(), B=(1 / scale)[:, None])
     for _ in range(MAX_ROUNDS):  # the guards would take several times as long to converge
         values, vectors = _improved(laplacian, vectors, solver)
-        wanted = vectors[:, :n]
-        residual = np.linalg.norm(laplacian @ wanted - wanted * values[:n], axis=0).max()
+        lowest = vectors[:, :n]
+        residual = np.linalg.norm(laplacian @ lowest - lowest * values[:n], axis=0).max()
         if residual <= TOLERANCE:
-            return wanted
+            return lowest
     raise DataError(
         f"spectral clusters: residual {residual:.1e} of the eigenvectors after "
         f"{MAX_ROUNDS * ROUND} iterations, wanted {TOLERANCE}; ask for more neighbours or "

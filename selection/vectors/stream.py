@@ -49,6 +49,7 @@ def apply(
     """
     threads, local = torch.get_num_threads(), threading.local()
 
+    # A thread fills the same buffers again and again, so that they stay in its cache.
     def work(task: list[tuple[slice, list[Parts]]]) -> list[tuple[slice, Result]]:
         if not hasattr(local, "buffers"):
             widths = [reader.columns[name].shape[0] for name in names]
@@ -91,8 +92,8 @@ def take(
 
 def norms(parts: Parts) -> torch.Tensor:
     """L2 norm of every row, (n,) float32."""
-    found = [torch.linalg.vector_norm(part, dim=1) for part in parts]
-    return found[0] if len(found) == 1 else torch.stack(found).square_().sum(dim=0).sqrt_()
+    lengths = [torch.linalg.vector_norm(part, dim=1) for part in parts]
+    return lengths[0] if len(lengths) == 1 else torch.stack(lengths).square_().sum(dim=0).sqrt_()
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:
@@ -100,10 +101,16 @@ def unit(vectors: torch.Tensor) -> torch.Tensor:
     return vectors / _safe(norms([vectors]))[:, None]
 
 
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """`unit` in NumPy, whose norms are rounded in another way: (n, D) float32 of float32."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, lengths, where=lengths > 0, out=np.zeros(rows.shape, np.float32))
+
+
 def products(parts: Parts, columns: torch.Tensor) -> torch.Tensor:
     """Products of every row with `columns` (D,) or (D, C) float32, (n,) or (n, C) float32."""
     slices = columns.split([part.shape[1] for part in parts])
-    return sum(part @ mine for part, mine in zip(parts, slices, strict=True))
+    return sum(part @ rows for part, rows in zip(parts, slices, strict=True))
 
 
 def cosines(parts: Parts, columns: torch.Tensor) -> np.ndarray:
@@ -113,8 +120,8 @@ def cosines(parts: Parts, columns: torch.Tensor) -> np.ndarray:
     """
     lengths = norms(parts).numpy().astype(np.float64)
     lengths[~np.isfinite(lengths) | (lengths == 0)] = np.nan
-    found = products(parts, columns).numpy()
-    return found / (lengths if found.ndim == 1 else lengths[:, None])
+    inner = products(parts, columns).numpy()
+    return inner / (lengths if inner.ndim == 1 else lengths[:, None])
 
 
 def _safe(lengths: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import hashlib
 import os
 import resource
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import save_file
 
 from llava import files
@@ -195,3 +197,20 @@ def bare_saves(source: str) -> Iterator[int]:
         if isinstance(node, ast.Call) and id(node) not in inside:
             if ast.unparse(node.func) in ("save_file", "torch.save"):
                 yield node.lineno
+
+
+def test_a_digest_is_that_of_all_bytes(tmp_path):
+    data = os.urandom(3 * 2**20 + 1)
+    (tmp_path / "file").write_bytes(data)
+    assert files.digest_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+    xxh3 = xxhash.xxh3_128_hexdigest(data)
+    assert files.digest_of(tmp_path / "file", xxhash.xxh3_128) == xxh3
+
+
+def test_the_digest_of_files_tells_where_one_ends_and_how_it_is_called(tmp_path):
+    """As fingerprints of checkpoints have always been made."""
+    for name, data in (("a", b"one"), ("b", b"two")):
+        (tmp_path / name).write_bytes(data)
+    digest = xxhash.xxh3_128()
+    files.add_files(digest, [tmp_path / "a", tmp_path / "b"])
+    assert digest.hexdigest() == xxhash.xxh3_128_hexdigest(b"a\x003\x00oneb\x003\x00two")

@@ -30,7 +30,7 @@ import numpy as np
 from llava.errors import DataError, UsageError
 from llava.lazy import Lazy
 from selection.methods.base import Context, CoTrain, Method, Request, Scored, SecondStage
-from selection.methods.coido.features import CLIP, SCORES, Assembly
+from selection.methods.coido.features import CLIP, SCORES, SIGNALS, Assembly
 from selection.methods.coido.settings import Settings
 from selection.methods.random import Random
 from selection.methods.random_stratified import RandomStratified
@@ -55,7 +55,6 @@ trajectories = Lazy("selection.methods.coido.trajectory")
 APART = frozenset({"share", "scorer", "trajectory", "prepare", "scorer_batch", *NOT_DECIDING})
 """Settings that do not shape a co-trained scorer; the share does, as the number of samples."""
 CHUNK = 1024  # rows that are scored together
-_HOME = {"clip_score": "clip", "image_reward": "image_reward", "llm_score": "judge"}
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,13 @@ class Coido(Method):
     Settings = Settings
 
     def signals(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"clip": Clip(self.settings.clip)}
+        signals: dict[str, Any] = {"clip": Clip(self.settings.clip)}
         if self.settings.image_reward:
             weights, words = self.settings.image_reward, self.settings.image_reward_tokenizer
-            found["image_reward"] = ImageReward(weights, words)
+            signals["image_reward"] = ImageReward(weights, words)
         if self.settings.judge_url:
-            found["judge"] = _judge(self.settings)
-        return found
+            signals["judge"] = _judge(self.settings)
+        return signals
 
     def training(self) -> tuple[CoTrain, ...]:
         """The scorer beside a LoRA on the drawn samples, unless it or its losses are given."""
@@ -153,6 +152,8 @@ class Coido(Method):
     ) -> tuple[Scorer, dict[str, Any], list[str]]:
         """A scorer trained on the drawn samples, what to keep of it, and what to say."""
         settings = self.settings
+        # Batches are those of the steps that were recorded, or shuffled ones of the proxy's losses;
+        # one sample alone teaches nothing, as its softmax is 1.
         rows = drawn(context, self._share(context.pool), settings.draw)
         if settings.trajectory:
             batches, rows = trajectories.Trajectory.load(settings.trajectory).on(context.pool, rows)
@@ -163,6 +164,7 @@ class Coido(Method):
                 fitting.shuffled_batches(len(rows), settings.scorer_batch, settings.epochs, rng)
             )
             batches = [(places, losses[places]) for places in order if len(places) > 1]
+        # The seed is drawn after the batches are: in another order it would be another scorer.
         data, training = self._training_set(context, rows, rng)
         scorer = scorers.Scorer.new(settings.architecture, data.assembly, training["seed"])
         recipe = fitting.Recipe(len(batches), **training["recipe"])
@@ -188,7 +190,8 @@ class Coido(Method):
     ) -> tuple[TrainingSet, dict[str, Any]]:
         """Features and clusters of pool `rows` (n,), and how a scorer is trained on them."""
         settings = self.settings
-        names = () if settings.features == "clip" else tuple(n for n in SCORES if self._has(n))
+        signals = () if settings.features == "clip" else self.signals()
+        names = tuple(name for name in SCORES if SIGNALS[name] in signals)
         scores = {n: values[rows] for n, values in self._scores(context, names).items()}
         reader = context.readers["clip"]
         width = 0 if settings.features == "scores" else reader.columns[CLIP[0]].shape[0]
@@ -211,15 +214,12 @@ class Coido(Method):
     def _scores(self, context: Context, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Scores by pool row, (N,) each; UsageError for one that this run has no signal of."""
         for name in names:
-            if _HOME.get(name) not in context.readers:
+            if SIGNALS.get(name) not in context.readers:
                 raise UsageError(f"--scorer {self.settings.scorer}: reads {name}; {_REMEDY[name]}")
-        return {name: context.values(_HOME[name], name) for name in names}
+        return {name: context.values(SIGNALS[name], name) for name in names}
 
     def _share(self, pool: Pool) -> int:
         return budget_size(self.settings.share, len(pool))
-
-    def _has(self, name: str) -> bool:
-        return _HOME.get(name) in self.signals()
 
 
 _REMEDY = {
@@ -248,7 +248,7 @@ def draw_keys(context: Context, draw: int) -> np.ndarray:
 def unusable(context: Context) -> np.ndarray:
     """Rows that a signal of the whole pool could not be computed for, (b,) int64."""
     readers = (reader for name, reader in context.readers.items() if name != "forward")
-    return np.array(sorted({note["row"] for reader in readers for note in reader.bad}), np.int64)
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *(r.bad_rows for r in readers)]))
 
 
 def clusters(features: np.ndarray, n_clusters: int, n_neighbours: int) -> np.ndarray:
@@ -282,16 +282,16 @@ def fit(
 def score_pool(scorer: Scorer, context: Context, scores: Mapping[str, np.ndarray]) -> np.ndarray:
     """Logits by pool row (N,) float64, reading the CLIP features once; NaN where there are none."""
     reader = context.readers["clip"]
-    rows, found = reader.rows, np.full(len(context.pool), np.nan)
+    rows, logits = reader.rows, np.full(len(context.pool), np.nan)
 
-    def logits(part: slice, halves: vectors.Parts) -> np.ndarray:
-        mine = {name: values[rows[part]] for name, values in scores.items()}
-        assembled = scorer.assembly.rows([half.numpy() for half in halves], mine)
+    def score(part: slice, halves: vectors.Parts) -> np.ndarray:
+        part_scores = {name: values[rows[part]] for name, values in scores.items()}
+        assembled = scorer.assembly.rows([half.numpy() for half in halves], part_scores)
         return scorer.score(torch.from_numpy(assembled)).double().numpy()
 
-    for part, values in vectors.apply(reader, CLIP, logits, size=CHUNK):
-        found[rows[part]] = values
-    return found
+    for part, part_logits in vectors.apply(reader, CLIP, score, size=CHUNK):
+        logits[rows[part]] = part_logits
+    return logits
 
 
 def _judge(settings: JudgeSettings) -> Any:

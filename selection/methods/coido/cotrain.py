@@ -35,7 +35,7 @@ from llava.launch import process
 from llava.train.__main__ import train
 from llava.train.arguments import parse
 from llava.train.trainer import LlavaTrainer
-from selection.methods.coido.features import CLIP, Assembly
+from selection.methods.coido.features import CLIP, SIGNALS, Assembly
 from selection.methods.coido.fit import Fitter, Recipe
 from selection.methods.coido.losses import total_loss
 from selection.methods.coido.scorer import Scorer
@@ -46,7 +46,6 @@ from selection.store.store import StoreReader
 
 Mode = Literal["coupled", "decoupled"]
 STATE = "coido.safetensors"
-_HOMES = {"clip_score": "clip", "llm_score": "judge", "image_reward": "image_reward"}
 
 
 class Session:
@@ -56,19 +55,22 @@ class Session:
     """
 
     def __init__(self, run: str | Path, data_path: str | Path, mode: Mode) -> None:
+        # The run that prepared, and how it says the scorer is to be trained.
         run = Path(run)
         manifest = unseal(run / "manifest.json")
         if manifest is None or manifest["method"]["name"] != "coido":
             raise UsageError(f"--coido_run {run}: is no finished run of `select coido`")
         try:
-            self.made = json.loads((run / "artefacts/training.json").read_text(encoding="utf-8"))
+            training = json.loads((run / "artefacts/training.json").read_text(encoding="utf-8"))
         except OSError:
             raise UsageError(f"--coido_run {run}: was given its --scorer, none to train") from None
-        self.mode, self.manifest = mode, manifest
+        self.mode, self.manifest, self.training = mode, manifest, training
+        # Its rows are those of the pool; the training data may be some of them, in any order, and
+        # are told by their uids.
         pool = Pool.open(manifest["pool"]["path"], limit=manifest["pool"]["n"])
         drawn = np.load(run / "artefacts/training_rows.npy", allow_pickle=False)
         labels = np.load(run / "artefacts/training_clusters.npy", allow_pickle=False)
-        self.assembly = Assembly.of(self.made["assembly"])
+        self.assembly = Assembly.of(training["assembly"])
         data = Pool.open(data_path)
         position = {pool.uid(row): i for i, row in enumerate(drawn.tolist())}
         unknown = [row for row in range(len(data)) if data.uid(row) not in position]
@@ -94,17 +96,17 @@ class Session:
             return reader.take(column, np.searchsorted(reader.rows, rows))
 
         clip = [read("clip", name) for name in CLIP] if self.assembly.clip_width else []
-        return self.assembly.rows(clip, {n: read(_HOMES[n], n) for n in self.assembly.scores})
+        return self.assembly.rows(clip, {n: read(SIGNALS[n], n) for n in self.assembly.scores})
 
     def identity(self) -> dict[str, Any]:
         """What decides the run beside the flags of training (promise P10)."""
         signals = {k: v["fingerprint"] for k, v in self.manifest["signals"].items()}
-        return {"coido": {"mode": self.mode, "training": self.made, "signals": signals}}
+        return {"coido": {"mode": self.mode, "training": self.training, "signals": signals}}
 
     def start(self, n_steps: int) -> None:
         """Begin with an untrained scorer, for a run of `n_steps` optimizer steps."""
-        recipe = Recipe(**{**self.made["recipe"], "n_steps": n_steps})
-        scorer = Scorer.new(self.made["architecture"], self.assembly, self.made["seed"])
+        recipe = Recipe(**{**self.training["recipe"], "n_steps": n_steps})
+        scorer = Scorer.new(self.training["architecture"], self.assembly, self.training["seed"])
         self.fitter = Fitter(scorer, recipe)
 
     def begin_step(self, rows: Sequence[int]) -> None:
@@ -177,9 +179,9 @@ class CoTrainer(LlavaTrainer):
         self.add_callback(_Steps(self))
 
     def get_batch_samples(self, *args: Any) -> tuple[list, int]:
-        found = super().get_batch_samples(*args)
+        batches = super().get_batch_samples(*args)
         self.session.begin_step([row for part in ranks.gathered(self.step_rows) for row in part])
-        return found
+        return batches
 
     def reduced(
         self,
@@ -226,14 +228,14 @@ class _Steps(TrainerCallback):
 
 def main() -> None:
     """Train as the command line says."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--coido_run")
-    own.add_argument("--coido_mode", choices=Mode.__args__, default="coupled")
-    mine, argv = own.parse_known_args(sys.argv[1:])
-    if mine.coido_run is None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--coido_run")
+    parser.add_argument("--coido_mode", choices=Mode.__args__, default="coupled")
+    flags, argv = parser.parse_known_args(sys.argv[1:])
+    if flags.coido_run is None:
         raise UsageError("--coido_run: name the folder of a run of `select coido --prepare True`")
     arguments = parse(argv)
-    session = Session(mine.coido_run, arguments.data.data_path, mine.coido_mode)
+    session = Session(flags.coido_run, arguments.data.data_path, flags.coido_mode)
     train(arguments, functools.partial(CoTrainer, session=session), session.identity())
 
 

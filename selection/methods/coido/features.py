@@ -15,7 +15,11 @@ from typing import Any
 
 import numpy as np
 
-SCORES = ("clip_score", "image_reward", "llm_score")
+from selection.vectors import stream
+
+SIGNALS = {"clip_score": "clip", "image_reward": "image_reward", "llm_score": "judge"}
+"""The signal that each score is a column of."""
+SCORES = tuple(SIGNALS)
 CLIP = ("image_features", "text_features")
 
 
@@ -50,7 +54,9 @@ class Assembly:
 
     def rows(self, clip: Sequence[np.ndarray], scores: Mapping[str, np.ndarray]) -> np.ndarray:
         """(n, sum of widths) float32 of the CLIP halves (n, D) each and the scores (n,) each."""
-        halves = [unit(np.asarray(half, np.float32)) for half in clip] if self.clip_width else []
+        halves = []
+        if self.clip_width:
+            halves = [stream.unit_rows(np.asarray(half, np.float32)) for half in clip]
         columns = [
             scaled(np.asarray(scores[name], np.float64), low, high)[:, None]
             for name, low, high in zip(self.scores, self.lowest, self.highest, strict=True)
@@ -62,11 +68,5 @@ def scaled(values: np.ndarray, lowest: float, highest: float) -> np.ndarray:
     """Min-max scaling to -1..1, cut there; 0 for NaN, and for all when the range is empty."""
     if not highest > lowest:
         return np.zeros(len(values))
-    found = (2 * (values - lowest) / (highest - lowest) - 1).clip(-1, 1)
-    return np.where(np.isnan(found), 0, found)
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows (n, D) of length one; rows of zeros stay."""
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1)
+    out = (2 * (values - lowest) / (highest - lowest) - 1).clip(-1, 1)
+    return np.where(np.isnan(out), 0, out)

@@ -73,10 +73,10 @@ class Fitter:
 
     def state(self) -> dict[str, Tensor]:
         """All that a run needs to go on from here."""
-        found = {f"network.{k}": v for k, v in self.scorer.network.state_dict().items()}
+        state = {f"network.{k}": v for k, v in self.scorer.network.state_dict().items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
-            found |= {f"adam.{i}.{name}": value for name, value in moments.items()}
-        return {**found, "log_sigma": self.log_sigma.detach(), "done": torch.tensor(self.n_done)}
+            state |= {f"adam.{i}.{name}": value for name, value in moments.items()}
+        return {**state, "log_sigma": self.log_sigma.detach(), "done": torch.tensor(self.n_done)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave."""

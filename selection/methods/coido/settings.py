@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llava.errors import UsageError
+from llava.errors import UsageError, at_least
 from selection.signals.clip import DEFAULT
 from selection.signals.judge.settings import JudgeSettings
 
@@ -57,9 +57,7 @@ class Settings(JudgeSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_clusters", "n_neighbours", "epochs"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: give a number of at least 1")
+        at_least(1, self, "n_clusters", "n_neighbours", "epochs")
         if self.scorer_batch < 2:
             raise UsageError("--scorer_batch: a softmax over a batch needs at least 2 samples")
         if not 0 <= self.balance <= 1:

@@ -58,8 +58,8 @@ class Trajectory:
         places = np.array([position.get(uid.tobytes(), -1) for uid in self.uid])
         starts = np.flatnonzero(np.diff(self.step)) + 1
         batches = []
-        for part in np.split(np.arange(len(self.step)), starts):
-            here = part[places[part] >= 0]
-            if len(here) > 1:
-                batches.append((places[here], self.loss[here]))
+        for step in np.split(np.arange(len(self.step)), starts):
+            entries = step[places[step] >= 0]
+            if len(entries) > 1:
+                batches.append((places[entries], self.loss[entries]))
         return batches, kept

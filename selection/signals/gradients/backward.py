@@ -78,7 +78,7 @@ def answer_gradient(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
 def _watch(
     name: str, factors: LowRank, use: Use, module: nn.Module, inputs: tuple, output: Tensor
 ) -> None:
-    """Forward hook of an adapted layer: have the gradient of its output brought to `_found`."""
+    """Forward hook of an adapted layer: have `_use_gradients` called with its output's gradient."""
     if output.dim() != 3:
         raise UsageError(
             f"{name}: its input is {tuple(inputs[0].shape)}, not (samples, tokens, width): the "
@@ -86,10 +86,10 @@ def _watch(
         )
     if not output.requires_grad:  # the first layers that are adapted: the graph begins here
         output.requires_grad_()
-    output.register_hook(partial(_found, name, factors, use, inputs[0].detach()))
+    output.register_hook(partial(_use_gradients, name, factors, use, inputs[0].detach()))
 
 
-def _found(name: str, factors: LowRank, use: Use, x: Tensor, g: Tensor) -> None:
+def _use_gradients(name: str, factors: LowRank, use: Use, x: Tensor, g: Tensor) -> None:
     """Both factors' gradients, from the layer's input x (B, S, in) and g (B, S, out)."""
     use(f"{name}.lora_B", outer_sums(g, F.linear(x, factors.down)))
     if factors.up is not None:
@@ -116,11 +116,11 @@ def fresh_adapter(proxy: Vlm, rank: int, seed: int) -> dict[str, LowRank]:
     Only B has a gradient then: G^T X A^T, the layer's own weight gradient seen through the `rank`
     random directions in A, which are +-1 / sqrt(in).
     """
-    found = {}
+    adapter = {}
     for name, module in proxy.decoder.named_modules():
         if isinstance(module, nn.Linear):
             width = module.in_features
             down = signs(f"{seed}/down/{name}", 0, rank * width, module.weight.device)
             scaled = down.view(rank, width) / math.sqrt(width)
-            found[name] = LowRank(scaled.to(module.weight.dtype), None)
-    return found
+            adapter[name] = LowRank(scaled.to(module.weight.dtype), None)
+    return adapter

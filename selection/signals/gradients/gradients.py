@@ -16,18 +16,18 @@ model gets an untrained adapter (`selection.signals.gradients.backward.fresh_ada
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from llava.conversation import IGNORE_INDEX
-from llava.errors import DataError, UsageError
+from llava.errors import UsageError, at_least
 from llava.lazy import Lazy
 from selection.signals.base import ProxySignal, Sample
 from selection.signals.gradients.sketch import PROJECTIONS
+from selection.signals.onepass import with_answer
+from selection.signals.perturb import noise_generator
 from selection.store.store import Column
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ class Gradients(ProxySignal):
     def __post_init__(self) -> None:
         if self.projection not in PROJECTIONS:
             raise UsageError(f"projection {self.projection!r}: choose {', '.join(PROJECTIONS)}")
-        for name in ("dim", "rank"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} {getattr(self, name)}: give a number of at least 1")
+        at_least(1, self, "dim", "rank", prefix="")
 
     def reads(self, proxy: Vlm) -> dict[str, Any]:
         return {"moments": proxy.moments.digest} if self.kind == "adam" else {}
@@ -73,9 +71,7 @@ class Gradients(ProxySignal):
         return [Column("gradient", (self.dim,), "float16"), Column("norm", (), "float32")]
 
     def prepare(self, proxy: Vlm, sample: Sample) -> Prepared:
-        item = proxy.prepare(sample.record, sample.image)
-        if not bool((item.labels[1:] != IGNORE_INDEX).any()):
-            raise DataError(f"no answer token within the first {proxy.max_length} tokens")
+        item = with_answer(proxy, sample)
         if self.image == "noise" and "pixel_values" in item.extras:
             noise = noise_like(item.extras["pixel_values"], sample.uid, self.seed)
             item = replace(item, extras={**item.extras, "pixel_values": noise})
@@ -125,14 +121,16 @@ class _Fold:
         self.squares = torch.zeros(n, dtype=torch.float64, device=proxy.device)
 
     def add(self, name: str, gradient: Tensor) -> None:
-        signal, found = self.signal, self.signal.of(self.proxy, name, gradient)
-        self.squares.add_(squared_norms(found))
-        self.sums.add_(PROJECTIONS[signal.projection](found, name, signal.dim, signal.seed))
+        signal, matrices = self.signal, self.signal.of(self.proxy, name, gradient)
+        self.squares.add_(squared_norms(matrices))
+        self.sums.add_(PROJECTIONS[signal.projection](matrices, name, signal.dim, signal.seed))
 
     def columns(self) -> dict[str, np.ndarray]:
         norm = self.squares.sqrt().float()
-        found = {"gradient": (self.sums / norm[:, None]).half(), "norm": norm}
-        return {name: tensor.cpu().numpy() for name, tensor in found.items()}
+        return {
+            "gradient": (self.sums / norm[:, None]).half().cpu().numpy(),
+            "norm": norm.cpu().numpy(),
+        }
 
 
 def squared_norms(matrices: Tensor) -> Tensor:
@@ -154,6 +152,5 @@ def adam_step(gradient: Tensor, name: str, moments: Moments) -> Tensor:
 
 def noise_like(pixels: Tensor, uid: str, seed: int) -> Tensor:
     """Standard normal noise of the shape of `pixels`, a function of `uid` and `seed`."""
-    digest = hashlib.sha256(f"{seed}|noise|{uid}".encode()).digest()
-    draw = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16])))
+    draw = noise_generator(f"{seed}|noise|{uid}")
     return torch.from_numpy(draw.standard_normal(tuple(pixels.shape), np.float32)).to(pixels)

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from llava.lazy import Lazy
+from selection.vectors.mixing import GOLDEN, mixed, signed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,6 @@ torch = Lazy("torch")
 F = Lazy("torch.nn.functional")
 
 
-_GOLDEN = 0x9E3779B97F4A7C15
 _DENSE_BLOCK = 1 << 22  # signs of the dense matrix that exist at a time
 
 
@@ -100,19 +100,7 @@ def signs(key: str, start: int, n: int, device: torch.device | str = "cpu") -> T
 def _words(key: str, first: int, n: int, device: torch.device | str) -> Tensor:
     """Words `first`, ... of SplitMix64 (Steele et al. 2014) from the state that `key` hashes to.
 
-    (n,) int64; a product of int64 wraps around on every device.
+    (n,) int64.
     """
-    state = _signed(xxhash.xxh3_64_intdigest(key.encode()))
-    x = torch.arange(first + 1, first + n + 1, device=device) * _signed(_GOLDEN) + state
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, by: int) -> Tensor:
-    """`x` as an unsigned number shifted to the right."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
+    state = signed(xxhash.xxh3_64_intdigest(key.encode()))
+    return mixed(torch.arange(first + 1, first + n + 1, device=device) * GOLDEN + state)

@@ -316,20 +316,20 @@ class _Asker:
                 )
             self.n_requests += 1
         roles = zip(("system", "user"), question, strict=True)
-        found = self.client.chat.completions.create(
+        completion = self.client.chat.completions.create(
             model=self.server.model,
             messages=[{"role": role, "content": text} for role, text in roles],
             temperature=self.server.temperature,
             max_tokens=self.server.max_tokens,
             seed=self.server.seed,
         )
-        return self._reply(found)
+        return self._reply(completion)
 
-    def _reply(self, found: Any) -> Reply:
+    def _reply(self, completion: Any) -> Reply:
         """What a completion says; servers differ in what they leave out."""
-        usage = getattr(found, "usage", None)
+        usage = getattr(completion, "usage", None)
         counts = [getattr(usage, f"{kind}_tokens", 0) or 0 for kind in ("prompt", "completion")]
-        choices = getattr(found, "choices", None)
+        choices = getattr(completion, "choices", None)
         text = choices[0].message.content if choices else None
         if not isinstance(text, str):
             return Reply(FAILED, "the answer has no text", *counts)

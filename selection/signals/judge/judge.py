@@ -131,7 +131,7 @@ def score_in(answer: str) -> float:
     Raises DataError with the answer when the line says anything else.
     """
     lines = answer.strip().splitlines()
-    found = _MARK.fullmatch(lines[0]) if lines else None
-    if found is None or float(found[1]) > 10:
+    mark = _MARK.fullmatch(lines[0]) if lines else None
+    if mark is None or float(mark[1]) > 10:
         raise DataError(f"the judge's answer is no mark from 0 to 10: {answer.strip()[:80]!r}")
-    return float(found[1])
+    return float(mark[1])

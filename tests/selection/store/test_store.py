@@ -85,6 +85,13 @@ def test_reader_returns_what_was_written(tmp_path, block_size):
     assert sum(len(array) for _, array in reader.blocks("n")) == 23
 
 
+def test_rows_without_numbers_are_told_in_store_order(tmp_path):
+    rows = np.array([3, 14, 7, 5, 21])
+    reader = StoreReader.open(complete(tmp_path, rows=rows, block_size=2))
+    assert reader.bad == bad_of(rows) and reader.bad_rows.tolist() == [14, 7, 21]
+    assert StoreReader.open(complete(tmp_path, rows=rows[[0, 3]])).bad_rows.dtype == np.int64
+
+
 def test_views_are_read_only_and_outlive_the_reader(whole):
     _, array = next(StoreReader.open(whole[0]).blocks("state"))
     with pytest.raises(ValueError, match="read-only"):

@@ -20,16 +20,17 @@ from selection.vectors.spectral import (
     embedding,
     nearest,
     spectral_clusters,
-    unit,
 )
+from selection.vectors.stream import unit_rows
 
 
 def planted(n: int, n_clusters: int, width: int = 24, noise: float = 0.15, seed: int = 0):
     """Unit rows (n, width) around random directions, and whose direction each is."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(n_clusters, size=n)
-    centres = unit(rng.normal(size=(n_clusters, width)).astype(np.float32))
-    return unit(centres[labels] + noise * rng.normal(size=(n, width)).astype(np.float32)), labels
+    centres = unit_rows(rng.normal(size=(n_clusters, width)).astype(np.float32))
+    rows = centres[labels] + noise * rng.normal(size=(n, width)).astype(np.float32)
+    return unit_rows(rows), labels
 
 
 def slow_affinity(rows: np.ndarray, k: int) -> np.ndarray:
