@@ -34,13 +34,14 @@ def session_digest(cls: type) -> str:
     Covers its functions and constants and, of its module, those that they name: a cell that
     changes something else changes no run. Comments and line numbers do not count.
     """
-    digest, waiting, seen = hashlib.sha256(), [cls], set()
+    digest, waiting = hashlib.sha256(), [cls]
+    seen: dict[int, Any] = {}  # kept, or another thing could get the number of one that is gone
     while waiting:
         thing = waiting.pop()
         if isinstance(thing, str | bytes | int | float | None):
             digest.update(repr(thing).encode())
         elif id(thing) not in seen:
-            seen.add(id(thing))
+            seen[id(thing)] = thing
             waiting += _parts(thing, cls.__module__)
     return digest.hexdigest()
 

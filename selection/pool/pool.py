@@ -145,6 +145,10 @@ class Pool:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def __repr__(self) -> str:
+        pictures, sources = int(self.has_image.sum()), len(self.source_names)
+        return f"<Pool {self.path}: {len(self)} samples, {pictures} with images, {sources} sources>"
+
     def raw(self, row: int) -> bytes:
         """The record exactly as it stands in the file."""
         return self._content[self.starts[row] : self.ends[row]]
