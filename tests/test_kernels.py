@@ -25,6 +25,7 @@ PROGRAMS = ("selection.__main__", "llava.train.__main__", "llava.eval.__main__",
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # half a minute of processor time, on machines that do other work too
 @pytest.mark.parametrize(("kernels", "n_threads"), [("DEFAULT", 2), ("AVX2", 1), ("AVX512", 2)])
 def test_the_tests_of_bits_pass(kernels, n_threads):
     capability = torch.backends.cpu.get_cpu_capability()
