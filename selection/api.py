@@ -33,11 +33,16 @@ class Scores(Method):
     def __init__(self, scores: np.ndarray | Sequence[float] | Mapping[str, float]) -> None:
         """Take `scores` (N,) in pool order, or by uid; samples that a mapping lacks get NaN."""
         super().__init__()
-        self.by_uid = dict(scores) if isinstance(scores, Mapping) else None
-        given = list(self.by_uid.values()) if self.by_uid is not None else scores
-        self.values = np.array(given, dtype=np.float64)
+        by_uid = dict(sorted(scores.items())) if isinstance(scores, Mapping) else None
+        try:
+            self.values = np.array(scores if by_uid is None else [*by_uid.values()], np.float64)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"Scores: {error}") from None
         if self.values.ndim != 1:
             raise UsageError(f"Scores: shape {self.values.shape}; give one number a sample")
+        if np.isinf(self.values).any():
+            raise UsageError("Scores: one is infinite; NaN keeps a sample out")
+        self.by_uid = by_uid
 
     def score(self, context: Context, rng: np.random.Generator) -> Scored:
         """The given scores; UsageError unless they are the pool's."""
@@ -53,7 +58,7 @@ class Scores(Method):
 
     def content(self) -> dict[str, Any]:
         """The digest of the scores."""
-        digest = hashlib.sha256(repr(sorted(self.by_uid or ())).encode())
+        digest = hashlib.sha256(repr([*(self.by_uid or ())]).encode())
         digest.update(self.values.tobytes())
         return {"sha256": digest.hexdigest()}
 
