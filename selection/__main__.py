@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 
+from llava.errors import UserError
 from llava.flags import run_verb
 from llava.launch import process
 
@@ -36,7 +37,10 @@ def run_list(argv: list[str]) -> None:
         parse_plain("list", "Show the methods, what they read, their presets.", argv)
     for name, method in find_methods().items():
         summary = (method.__doc__ or "").strip().partition("\n")[0]
-        signals = ", ".join(method().signals()) or "no signal, no model"
+        try:
+            signals = ", ".join(method().signals()) or "no signal, no model"
+        except (TypeError, UserError):  # one from elsewhere, with settings that have no default
+            signals = "what its settings say"
         presets = f"; presets: {', '.join(method.presets)}" if method.presets else ""
         origin = "" if method.__module__.startswith("selection.") else f"; from {method.__module__}"
         print(f"{name:18} {summary}\n{'':18} reads {signals}{presets}{origin}")

@@ -107,7 +107,8 @@ def test_other_contents_are_another_run(pool, mine, tmp_path):
     main([*flags, "--my_flag", "3"])
     first = Run.open(tmp_path / "run").manifest["method"]
     assert first["settings"] == {"my_flag": 3} and first["origin"] == f"{mine}:Mine"
-    main([*flags, "--my_flag", "3"])  # it is there already
+    again = ["select", "--method", *flags[1:], "--my_flag", "3"]
+    main(again)  # it is there already
 
     # The same size and the same second: Python's own cache would run the old code.
     stat = mine.stat()
@@ -215,6 +216,17 @@ def test_an_installed_package_is_listed_run_and_replayed(pool, package, tmp_path
     main(["select", "--config", config, "--out", str(tmp_path / "again")])
     again = Run.open(tmp_path / "again")
     assert again.subset.read_bytes() == Run.open(tmp_path / "run").subset.read_bytes()
+
+
+def test_a_setting_without_a_default_is_a_flag_that_has_to_be_given(
+    pool, package, tmp_path, capsys
+):
+    package("far = my_package_code:Mine", MINE.replace("my_flag: int = 1", "my_flag: int"))
+    main(["list"])
+    assert "reads what its settings say; from my_package_code" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--my_flag is missing"):
+        main(["select", "far", "--pool", str(pool), "--out", str(tmp_path / "run")])
+    assert select("far", pool, my_flag=2, out=tmp_path / "run").manifest["subset"]["n"] == 12
 
 
 @pytest.mark.parametrize(
