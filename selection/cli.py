@@ -152,9 +152,10 @@ def _groups(method: type[Method]) -> tuple[type, ...]:
 
 
 def _select_parser(name: str, method: type[Method], groups: tuple[type, ...]) -> Parser:
-    taken = {field.name for group in (*_groups(method), CostSettings) for field in fields(group)}
-    if taken := taken & {field.name for field in fields(method.Settings)}:
-        raise UsageError(f"method {name}: its settings {', '.join(sorted(taken))} are flags of all")
+    of_all = {field.name for group in (*_groups(method), CostSettings) for field in fields(group)}
+    of_all |= {"config", "method", "preset", "help"}
+    if taken := sorted(of_all & {field.name for field in fields(method.Settings)}):
+        raise UsageError(f"method {name}: its settings {', '.join(taken)} are flags of all")
     parser = _parser(f"python -m selection select {name}", method.__doc__, *groups)
     presets = ", ".join(method.presets) or "none for this method"
     parser.add_argument(

@@ -169,6 +169,7 @@ def test_two_processes_agree_on_a_signal_of_the_file(pool, tmp_path):
         ("import sys\nsys.exit(3)", "mine.py:Mine", "line 2: SystemExit: 3"),
         (MINE.replace("Mine(", "Random("), "mine.py:Random", "the name 'random' is taken"),
         (MINE.replace("my_flag", "seed"), "mine.py:Mine", "its settings seed are flags of all"),
+        (MINE.replace("my_flag", "preset"), "mine.py:Mine", "its settings preset are flags of all"),
         (MINE, "mine.py:Mine --my_flga 3", r"--my_flga: no such flag \(did you mean --my_flag"),
         (MINE, "mine.py:Mine --my_flag x", "--my_flag x: expected int"),
     ],
