@@ -225,6 +225,7 @@ class Ards(Method):
     def second_stage(self, context: Context, rng: np.random.Generator) -> SecondStage:
         """Clusters C_m, and the perturbed signals of the candidates drawn from each."""
         settings = self.settings
+        # Keys apart, or the candidates would be the very samples that the centroids were fitted on.
         fit_keys, draw_keys = context.keys(rng), context.keys(rng)
         groups, names = self._groups(context)
         if settings.clustering:

@@ -71,6 +71,8 @@ def quotas(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
         total = values[open_].sum()
         weights = values / total if total > 0 else np.full(len(values), 1 / open_.sum())
         ideal = np.where(open_, left * weights, 0.0)
+        # Tasks that are owed more than they have give all; what is left is shared anew, so that
+        # there are at most as many rounds as tasks.
         full = open_ & (ideal >= counts)
         if not full.any():
             given[open_] = np.floor(ideal[open_])

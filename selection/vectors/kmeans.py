@@ -155,6 +155,8 @@ def members(
     stops = [*starts[1:].tolist(), len(order)]
     width = sum(reader.columns[name].shape[0] for name in names)
     most, first = max(1, BATCH_BYTES // (4 * width)), 0
+    # Many clusters at a time: one lies in nearly every block, and a read for each of 10,000 would
+    # go through the store as often.
     while first < len(present):
         last = first + 1
         while last < len(present) and stops[last] - starts[first] <= most:

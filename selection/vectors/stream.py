@@ -146,6 +146,7 @@ def _pieces(
     reader: StoreReader, names: Sequence[str], size: int
 ) -> Iterator[tuple[slice, list[Parts]]]:
     """Each chunk's rows, and the parts of blocks that it is made of, one tensor per column."""
+    # Chunks are counted from the first row, so one may be made of pieces of several blocks.
     pieces, start, stop = [], 0, 0
     for _, arrays in reader.blocks(list(names)):
         block = [_tensor(arrays[name]) for name in names]

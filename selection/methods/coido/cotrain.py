@@ -111,6 +111,7 @@ class Session:
 
     def begin_step(self, rows: Sequence[int]) -> None:
         """Weigh the samples of a step; `rows` are those of all processes, in any order."""
+        # In the order of rows, not of processes: sums have the same bits however many there are.
         batch = sorted(set(rows))
         weights = self.fitter.weights(self.features[batch]) * self._factor()
         self.share = dict(zip(batch, weights.tolist(), strict=True))

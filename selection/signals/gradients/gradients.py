@@ -92,6 +92,7 @@ class Gradients(ProxySignal):
                 for fold in folds:
                     fold.add(name, gradient)
 
+            # One backward serves all: each fold makes of the gradient what its signal stores.
             replace(signals[0], kind="sgd").compute_each(proxy, items, use)
             return [fold.columns() for fold in folds]
 

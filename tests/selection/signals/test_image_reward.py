@@ -14,7 +14,8 @@ from llava.errors import UsageError
 from selection.extract.loop import extract_signal
 from selection.pool.pool import Pool
 from selection.settings import PoolSettings, ProxySettings
-from selection.signals.image_reward import MEAN, STD, ImageReward, RewardModel
+from selection.signals.image_reward import ImageReward
+from selection.signals.image_reward_model import MEAN, STD, RewardModel
 from tests.tiny_models import save_clip, save_pool
 
 D, T, PATCH, SIDE, WORDS, BLOCKS = 128, 64, 7, 28, 420, 2  # widths of two heads and of one

@@ -243,7 +243,9 @@ def test_a_forecast_sends_nothing_and_says_the_cost(ask, pool, tmp_path):
         made = Judge(
             judge_url=judge.url, judge_cache=str(tmp_path / "j.sqlite"), judge_prices=(1.0, 2.0)
         )
-        told = made.forecast(made.open_model(pool, {}, ProxySettings(device="cpu")), pool, np.arange(N))
+        told = made.forecast(
+            made.open_model(pool, {}, ProxySettings(device="cpu")), pool, np.arange(N)
+        )
         assert told.startswith(f"{N} questions to deepseek-chat, at most about 0.00")
         assert not judge.asked
 
