@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from llava import children
-from tests.llava.eval.small import save_pope
+from tests.llava.eval.small import save_mmbench
 from tests.llava.train.processes import Program, started, wait_until
 from tests.tiny_models import save_llava, save_pool
 
@@ -33,7 +33,7 @@ def world(tmp_path_factory) -> Path:
     path, _ = save_pool(root / "pool", 60)
     records = json.loads(path.read_text())
     path.write_text(json.dumps([{**r, "id": i} for i, r in enumerate(records * 100)]))
-    save_pope(root / "pope", 1000)
+    save_mmbench(root / "mmbench", 400, rotations=1)
     return root
 
 
@@ -61,8 +61,8 @@ def flags(world, tmp_path):
         return ["-m", "llava.train", *words, "--dataloader_num_workers", "2"]
 
     def evaluation() -> list[str]:
-        words = ["run", "--benchmark", "pope", "--data", str(world / "pope"), "--model", model]
-        words += ["--out", str(tmp_path / "out"), "--max_new_tokens", "2", "--batch_size", "1"]
+        words = ["run", "--benchmark", "mmbench", "--data", str(world / "mmbench")]
+        words += ["--model", model, "--out", str(tmp_path / "out")]
         return ["-m", "llava.eval", *words]
 
     return {"selection": selection(), "training": training(), "evaluation": evaluation()}

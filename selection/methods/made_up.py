@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from llava.files import atomic_write
 from selection.methods.base import Context, Method, Request, Scored, Task
 from selection.pool.pool import Pool
 from selection.store.key import Column, StoreKey
@@ -148,7 +149,7 @@ class World:
         """The same samples with the same signals in another order."""
         raws = [self.pool.raw(int(row)) for row in order]
         folder.mkdir()
-        (folder / "pool.json").write_bytes(b"[" + b",".join(raws) + b"]")
+        atomic_write(folder / "pool.json", b"[" + b",".join(raws) + b"]")
         return World(
             folder,
             Pool.open(folder / "pool.json"),
@@ -177,7 +178,7 @@ def make_world(folder: Path, n: int = 150, seed: int = 0, formats=tuple(WORDINGS
             record["image"] = f"{i}.png"
         record["conversations"] = [{"from": role, "value": text} for role, text in turns]
         records.append(record)
-    (folder / "pool.json").write_text(json.dumps(records))
+    atomic_write(folder / "pool.json", json.dumps(records).encode())
 
     # The signals most methods read, with their NaN where a sample has no perturbation.
     centre = rng.normal(size=(len(formats), H))[[list(formats).index(kind) for kind in kinds]]
