@@ -105,6 +105,8 @@ class Block:
             raise damaged(
                 self.path, f"is block {note['block']} of store {note['fingerprint'][:16]}"
             )
+        if note["bad"] != self._entry.bad:
+            raise damaged(self.path, "lists other samples without numbers than its entry")
 
     def array(self, name: str) -> np.ndarray:
         """Array `name`, a read-only view of the file."""

@@ -206,6 +206,18 @@ def test_every_byte_of_the_manifest_is_guarded(tmp_path, whole):
         path.write_bytes(bytes_["manifest.json"])
 
 
+def test_a_changed_reason_in_the_manifest_is_not_sealed_again(tmp_path):
+    """The block file holds its list of samples without numbers too, and the two must agree."""
+    rows = np.array([3, 14, 7, 5, 21])
+    folder = complete(tmp_path, rows=rows, block_size=2)
+    before, path = snapshot(folder), folder / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"u14"', b'"u15"'))
+    writer = begin(tmp_path, rows=rows, block_size=2)
+    assert writer.missing_blocks() == [0]
+    fill(writer).finish()
+    assert snapshot(folder) == before
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.5, 0.9])
 def test_cut_manifest_is_refused(whole, keep):
     path = whole[0] / "manifest.json"
