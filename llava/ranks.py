@@ -8,6 +8,7 @@ at once.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -55,6 +56,7 @@ def join(timeout: timedelta) -> None:
         import torch.distributed as dist
 
         dist.init_process_group("gloo", timeout=timeout)
+        atexit.register(leave)  # for programs that are not `llava.launch.process`
 
 
 def leave(after_error: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""How programs end: one line and a code; what a scheduler sees of a launch: signals in, codes out."""
+"""How programs end, in one line and a code; what a scheduler sees of a launch."""
 
 from __future__ import annotations
 
