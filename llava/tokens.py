@@ -117,9 +117,9 @@ class SentencePieceTokenizer(Tokenizer):
         # Models trained to strip leading spaces would strip ours: put something in front of it.
         guarded = text.startswith((SPACE, " "))
         guard, skip = (self._guard, self._guard_length) if guarded else ("", 0)
-        found = self._model.encode_as_offset_mapping(guard + text)
-        spans = [(max(b - len(guard), 0), e - len(guard)) for b, e in found["offsets"][skip:]]
-        return found["ids"][skip:], _filled(spans)
+        encoding = self._model.encode_as_offset_mapping(guard + text)
+        spans = [(max(b - len(guard), 0), e - len(guard)) for b, e in encoding["offsets"][skip:]]
+        return encoding["ids"][skip:], _filled(spans)
 
     def decode(self, ids: Iterable[int]) -> str:
         special = set(self._special.values())
@@ -153,8 +153,8 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.token_to_id(_content(config.get(key)) or default)
 
     def encode(self, text: str) -> tuple[list[int], list[Span]]:
-        found = self._tokenizer.encode(text, add_special_tokens=False)
-        return found.ids, _filled([(b, max(e, 1)) for b, e in found.offsets])
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, _filled([(b, max(e, 1)) for b, e in encoding.offsets])
 
     def decode(self, ids: Iterable[int]) -> str:
         plain = [int(i) for i in ids if 0 <= int(i) < self.vocab_size and int(i) != self.pad_id]
@@ -186,16 +186,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     names = ("tokenizer.model", "tokenizer.json") if path.is_dir() else (path.name,)
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None:
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
         raise UsageError(f"{path}: no tokenizer.model or tokenizer.json here")
     config = _read_json(folder / "tokenizer_config.json")
     try:
-        if found.suffix == ".json":
-            return JsonTokenizer(found.read_text(encoding="utf-8"), config)
-        return SentencePieceTokenizer(found.read_bytes(), _added_tokens(folder, config))
+        if file.suffix == ".json":
+            return JsonTokenizer(file.read_text(encoding="utf-8"), config)
+        return SentencePieceTokenizer(file.read_bytes(), _added_tokens(folder, config))
     except Exception as error:  # both packages raise bare Exception or their own types
-        raise UsageError(f"{found}: not a readable tokenizer ({error})") from error
+        raise UsageError(f"{file}: not a readable tokenizer ({error})") from error
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, int]:
@@ -205,8 +205,8 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, int]:
     """
     added = {_content(t): int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
     added.update(_read_json(folder / "added_tokens.json"))
-    own = {IMAGE_TOKEN, "<pad>"}
-    return {text: id_ for text, id_ in added.items() if text not in own}
+    of_words = {IMAGE_TOKEN, "<pad>"}
+    return {text: id_ for text, id_ in added.items() if text not in of_words}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -87,10 +87,12 @@ def at_work(program: Program, name: str, out: Path, n_ranks: int) -> None:
     wait_until(works, program.process, program)
 
 
-def shared_memory(processes: list[psutil.Process]) -> list[str]:
-    """What these have in /dev/shm: PyTorch names it by their numbers."""
+def shared_memory(processes: list[psutil.Process], before: set[str]) -> list[str]:
+    """What these have put into /dev/shm: PyTorch names it by their numbers, which others that left
+    something there `before` may have had too."""
     numbers = {str(process.pid) for process in processes}
-    return [name for name in os.listdir("/dev/shm") if numbers & set(name.split("_"))]
+    names = set(os.listdir("/dev/shm")) - before
+    return sorted(name for name in names if numbers & set(name.split("_")))
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -112,13 +114,13 @@ def is_alive(process: psutil.Process) -> bool:
     ],
 )
 def test_nothing_outlives_a_kill(flags, tmp_path, name, launcher, victim):
-    n_ranks = 2 if launcher == TWO else 1
+    n_ranks, before = 2 if launcher == TWO else 1, set(os.listdir("/dev/shm"))
     with started([*launcher, *flags[name]], NPROC="1") as program:
         at_work(program, name, tmp_path, n_ranks)
         processes = family(program)
         assert len(processes) >= {"evaluation": 0}.get(name, 2) + (launcher != ())
         if name == "selection":
-            assert shared_memory(processes)  # else there is nothing to lose
+            assert shared_memory(processes, before)  # else there is nothing to lose
         if victim == "its group":
             os.killpg(program.process.pid, 9)
         elif victim == "itself":
@@ -126,7 +128,7 @@ def test_nothing_outlives_a_kill(flags, tmp_path, name, launcher, victim):
         else:
             program.ranks()[1].kill()
         deadline = time.monotonic() + GONE_WITHIN
-        while left := [*filter(is_alive, processes)] + shared_memory(processes):
+        while left := [*filter(is_alive, processes)] + shared_memory(processes, before):
             if time.monotonic() > deadline:
                 for process in filter(is_alive, processes):  # or they would outlive the test, too
                     process.kill()

@@ -345,10 +345,10 @@ def parse(argv: list[str]) -> Arguments:
 def _shorten_help(parser: HfArgumentParser) -> None:
     """Leave out what only transformers explains, and second spellings."""
     inherited = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
-    own = {name for cls in (ModelArguments, DataArguments) for name in cls.__annotations__}
-    own |= TrainingArguments.__annotations__.keys()
+    explained = {name for cls in (ModelArguments, DataArguments) for name in cls.__annotations__}
+    explained |= TrainingArguments.__annotations__.keys()
     for action in parser._actions:
         action.help = COMMON.get(action.dest, action.help)
-        hidden = action.dest in inherited - own - COMMON.keys()
+        hidden = action.dest in inherited - explained - COMMON.keys()
         if hidden or action.option_strings[0].startswith("--no_"):
             action.help = SUPPRESS

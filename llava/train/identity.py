@@ -41,7 +41,7 @@ _PACKAGES = ("torch", "transformers", "peft")
 def identity(arguments: Arguments) -> dict[str, Any]:
     """What decides the run, as JSON. Reads data and models in full; UsageError if it cannot."""
     flags, model = arguments.training, arguments.model
-    found: dict[str, Any] = {
+    run: dict[str, Any] = {
         "data": _sha256(Path(arguments.data.data_path)),
         "model": Checkpoint.open(model.model_name_or_path).fingerprint(),
         "samples a step": flags.per_device_train_batch_size
@@ -52,12 +52,12 @@ def identity(arguments: Arguments) -> dict[str, Any]:
         "flags": _flags(arguments),
     }
     if model.vision_tower:
-        found["vision tower"] = Checkpoint.open(model.vision_tower).fingerprint()
+        run["vision tower"] = Checkpoint.open(model.vision_tower).fingerprint()
     if model.pretrain_mm_mlp_adapter:
-        found["projector"] = _sha256(Path(model.pretrain_mm_mlp_adapter))
+        run["projector"] = _sha256(Path(model.pretrain_mm_mlp_adapter))
     if zero.enabled(flags):
-        found["processes"] = ranks.world_size()  # each keeps its share of the state
-    return found
+        run["processes"] = ranks.world_size()  # each keeps its share of the state
+    return run
 
 
 def _sha256(path: Path) -> str:
@@ -102,17 +102,17 @@ _WAY = "give another --output_dir, or remove this one"
 
 
 def _differences(former: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    found = []
+    differences = []
     for key in sorted({*former, *current} - {"flags", "versions"}):
         was, now = former.get(key), current.get(key)
         if was != now:
             hashed = isinstance(was, str) or isinstance(now, str)
-            found.append(f"the {key} changed" if hashed else f"{key} {was}, now {now}")
+            differences.append(f"the {key} changed" if hashed else f"{key} {was}, now {now}")
     was, now = former.get("flags", {}), current["flags"]
     for name in sorted({*was, *now}):
         if was.get(name) != now.get(name):
-            found.append(f"--{name} {was.get(name)}, now {now.get(name)}")
-    return found
+            differences.append(f"--{name} {was.get(name)}, now {now.get(name)}")
+    return differences
 
 
 def _warn_of_versions(was: dict[str, str], now: dict[str, str]) -> None:

@@ -48,9 +48,9 @@ def find_device(name: str) -> Device:
 
     Raises UsageError with the known names.
     """
-    wanted = _plain(name)
+    bare_name = _plain(name)
     for device in DEVICES:
-        if _plain(device.name) == wanted:
+        if _plain(device.name) == bare_name:
             return device
     known = ", ".join(device.name for device in DEVICES)
     raise UsageError(f"--gpu {name}: not in the table of GPUs; known: {known}")

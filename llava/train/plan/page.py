@@ -126,13 +126,13 @@ def _print_gpus(console: Console, plan: Plan) -> None:
         table.add_column(title, justify=justify)
     table.add_column("hours", justify="right")
     table.add_column("fits", no_wrap=False)
-    for found in plan.fits:
+    for fit in plan.fits:
         table.add_row(
-            found.device,
-            _gib(found.usable),
-            _gib(found.peak),
-            _hours(plan.hours[found.device]),
-            _answer(found),
+            fit.device,
+            _gib(fit.usable),
+            _gib(fit.peak),
+            _hours(plan.hours[fit.device]),
+            _answer(fit),
         )
     console.print(f"[bold]{plan.setup.world_size} GPUs of one kind[/bold]")
     console.print(table)
