@@ -23,7 +23,7 @@ from selection.pool.pool import Pool
 from selection.pool.targets import Target, read_targets, title_of
 from selection.rules.budget import budget_size
 from selection.settings import Job, PoolSettings, ProxySettings
-from selection.signals.base import OwnModelSignal, ProxySignal, Signal
+from selection.signals.base import OwnModelSignal, Signal
 
 if TYPE_CHECKING:
     from llava.vlm.base import Vlm
@@ -103,7 +103,7 @@ class Execution:
         others = {name: where for name, where in others.items() if name in self.signals}
         brought = {n: s.identity() for n, s in self.signals.items() if _brings_model(s)}
         of_proxy = {n: s for n, s in self.signals.items() if not _brings_model(s)}
-        reads_proxy = bool(of_proxy.keys() - others) or self._needs_proxy_later()
+        reads_proxy = method.reads_proxy(self.pool, job.arrays)
         identity = {
             "pool": {"sha256": self.pool.sha256, "n": len(self.pool), "limit": job.pool.limit},
             "method": method.name,
@@ -178,13 +178,6 @@ class Execution:
 
     def _where(self, target: Target) -> PoolSettings:
         return replace(self.job.pool, images=target.images)
-
-    def _needs_proxy_later(self) -> bool:
-        later = self.method.foreseen(self.pool).items()
-        return any(
-            isinstance(request.signal, ProxySignal) and name not in self.job.arrays
-            for name, request in later
-        )
 
     def _decide(self, out: Path, tasks: tuple[Task, ...]) -> None:
         """Rank 0: score, choose, write. The other ranks wait for requests meanwhile."""

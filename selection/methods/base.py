@@ -7,7 +7,7 @@ first ones, and turns them into scores. It opens no file and runs no model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -221,12 +221,13 @@ class Method:
         """Files that decide the scores, by setting; with other bytes a run is another run."""
         return {}
 
-    def reads_proxy(self, pool: Pool) -> bool:
-        """Whether some signal is computed with the proxy, `--model`."""
-        others = self.checkpoints()
-        first = [signal for name, signal in self.signals().items() if name not in others]
-        later = [request.signal for request in self.foreseen(pool).values()]
-        return any(isinstance(signal, ProxySignal) for signal in [*first, *later])
+    def reads_proxy(self, pool: Pool, given: Container[str] = ()) -> bool:
+        """Whether some signal is computed with the proxy, `--model`; those `given` are not."""
+        first = {name: signal for name, signal in self.signals().items() if name not in given}
+        others = self.checkpoints() if first else ()
+        later = {name: r.signal for name, r in self.foreseen(pool).items() if name not in given}
+        of_others = [signal for name, signal in first.items() if name not in others]
+        return any(isinstance(signal, ProxySignal) for signal in [*of_others, *later.values()])
 
     def foreseen(self, pool: Pool) -> dict[str, Request]:
         """What `second_stage` will ask for, by name, told from the pool alone: at most so many
