@@ -11,13 +11,13 @@ import time
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llava import ranks
 from llava.errors import UsageError
-from selection.cli import fill, has_targets, preset_of, read_yaml
+from selection.cli import has_targets, job_of, read_yaml
 from selection.methods import Method, find_methods, get_method
 from selection.methods.base import Training, WarmUp
 from selection.output.compare import compare
@@ -87,37 +87,25 @@ def _jobs(
 ) -> tuple[dict[str, Job], dict[str, str]]:
     """What each method is asked for, and why the others cannot run."""
     jobs, skipped = {}, {}
+    shared = {**asdict(where), **asdict(proxy), **asdict(select)}
     for name in settings.methods or find_methods():
         method = get_method(name)
+        # The method's file in `--settings`, and those flags of `all` that are its own.
+        path = Path(settings.settings or "") / f"{method.name}.yaml"
+        its_own = {field.name for field in fields(method.Settings)}
+        its_own |= {"targets"} if has_targets(method) else set()
+        of_all = {key: value for key, value in asdict(settings).items() if key in its_own}
         try:
-            targets = settings.targets if has_targets(method) else None
-            if has_targets(method) and targets is None:
-                raise UsageError("--targets is missing")
-            jobs[name] = Job(
-                method=method(_settings_of(method, settings)),
-                pool=where,
-                proxy=proxy,
-                select=replace(select, out=str(out / method.name)),
-                targets=targets,
-                command=("selection", "all"),
-            )
-            jobs[name].method.checkpoints()
+            told = read_yaml(path, "--settings") if settings.settings and path.is_file() else {}
+            preset = told.pop("preset", None)
+            values = {**told, **shared, **of_all, "out": str(out / method.name)}
+            given = {key: value for key, value in values.items() if value is not None}
+            job = replace(job_of(method, given, preset), command=("selection", "all"))
+            job.method.checkpoints()
+            jobs[name] = job
         except UsageError as error:
-            jobs.pop(name, None)
             skipped[name] = str(error)
     return jobs, skipped
-
-
-def _settings_of(method: type[Method], settings: AllSettings) -> Any:
-    """What the method's file in `--settings` says, and those settings of `all` that it has."""
-    path = Path(settings.settings or "") / f"{method.name}.yaml"
-    values = read_yaml(path, "--settings") if settings.settings and path.is_file() else {}
-    if preset := values.pop("preset", None):
-        values = {**preset_of(method, preset), **values}
-    names = {field.name for field in fields(method.Settings)}
-    given = {name: value for name, value in asdict(settings).items() if value is not None}
-    values |= {name: value for name, value in given.items() if name in names}
-    return fill(method.Settings, values, f"{path}: ")
 
 
 def _one_pass(

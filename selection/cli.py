@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
 import yaml
 
@@ -84,24 +83,6 @@ def preset_of(method: type[Method], name: str) -> dict[str, Any]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"--preset {name}: there is {known}{hint}")
     return dict(method.presets[name])
-
-
-def fill(group: type[T], values: dict[str, Any], where: str = "") -> T:
-    """A settings dataclass from values by name, as YAML or a caller gives them.
-
-    Raises UsageError, beginning with `where`, for a name that it has not and a value that cannot
-    be.
-    """
-    names = {field.name for field in fields(group)}
-    for name in values:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise UsageError(f"{where}{name}: no such setting{hint}")
-    try:
-        return msgspec.convert(values, group, strict=False)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"{where}{error}") from None
 
 
 def read_yaml(path: str | Path, flag: str) -> dict[str, Any]:

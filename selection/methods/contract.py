@@ -158,7 +158,6 @@ def _reason(error: Exception, method: type[Method]) -> str:
 def main(argv: Sequence[str]) -> int:
     """Hold the method that `argv` names to every law; 1 where one is broken."""
     from llava.flags import read_flags
-    from selection.cli import fill, preset_of
     from selection.methods import get_method
 
     if not argv or argv[0] in ("-h", "--help"):
@@ -168,9 +167,8 @@ def main(argv: Sequence[str]) -> int:
     method = get_method(name)
     prog = f"python -m selection.methods.contract {name}"
     (settings,) = read_flags(prog, method.__doc__ or "", words, method.Settings)
-    presets = {preset: preset_of(method, preset) for preset in method.presets}
     variants = {"given settings" if words else "default settings": settings} | {
-        f"preset {preset}": fill(method.Settings, values) for preset, values in presets.items()
+        f"preset {name}": method.Settings(**values) for name, values in method.presets.items()
     }
     for sentence, broken in broken_laws(method, variants):
         if broken:
