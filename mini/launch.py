@@ -31,6 +31,7 @@ from llava.eval.tasks import find_task
 from llava.flags import flag_values, run_verb
 from llava.launch import launch, n_processes, process
 from llava.recipe import Recipe, read_settings
+from selection import prepare
 from selection.methods import Method, get_method
 
 HOME = Path(__file__).parent
@@ -280,7 +281,7 @@ def selecting(argv: Sequence[str], environ: Mapping[str, str]) -> Selecting:
     named = bool(argv) and not argv[0].startswith("-")
     name, flags = (argv[0], argv[1:]) if named else ("ards", argv)
     given = flag_values(flags)
-    only_told = "-h" in flags or any(key.startswith(("help", "print_config")) for key in given)
+    only_told = prepare.only_told(flags)
     method = None if name == "all" else get_method(name)
     if method is None:
         verb = ["all"]
@@ -339,9 +340,9 @@ def _settings(file: Path) -> dict[str, Any]:
 
 def select(argv: list[str]) -> int:
     """Choose a subset as `selecting` has it; the exit code."""
-    from selection import prepare
-
     asked = selecting(argv, os.environ)
+    if not prepare.only_told(asked.argv):
+        prepare.Asked.read(asked.argv)  # mistakes are told before anything is built or installed
     asked.preparation.do()
     code = prepare.main(asked.argv, asked.recipe)
     if code == 0 and asked.reports:

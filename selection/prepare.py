@@ -82,14 +82,19 @@ class Asked:
         ]
 
 
+def only_told(argv: Sequence[str]) -> bool:
+    """Whether help or a configuration is all that is asked for."""
+    names = flag_values(argv)
+    return "-h" in argv or any(name.startswith(("help", "print_config")) for name in names)
+
+
 def main(argv: Sequence[str], recipe: Recipe) -> int:
     """Train what is missing by `recipe`, then run `python -m selection argv`; the exit code.
 
     `recipe` says how a LoRA is trained: its model, sizes and flags. Mistakes in `argv` are told
     before anything is trained. Raises UsageError where a dry run would have to train first.
     """
-    given = flag_values(argv)
-    if "-h" in argv or any(name.startswith(("help", "print_config")) for name in given):
+    if only_told(argv):
         return launch("selection", argv, 1)
     asked = Asked.read(argv)
     if asked.dry_run and asked.missing:

@@ -77,6 +77,13 @@ def test_flags_are_read_before_a_model_is_trained(select, clone, method):
     assert "--budgt: no such flag (did you mean --budget?)" in done.stderr
 
 
+@pytest.mark.parametrize("method", ["el2n", "rho_loss", "all"])
+def test_flags_are_read_before_the_small_world_is_built(select, clone, method):
+    done = select(method, "--budgt", "1")
+    assert done.returncode == 2 and made(clone) == []
+    assert "--budgt: no such flag (did you mean --budget?)" in done.stderr
+
+
 def test_a_dry_run_trains_nothing(select, clone):
     done = select("mllm_selector", *POOL, "--dry-run")
     assert done.returncode == 2 and made(clone) == []

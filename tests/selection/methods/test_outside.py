@@ -151,7 +151,8 @@ def test_two_processes_agree_on_a_signal_of_the_file(pool, tmp_path):
     launch = ["llava.launch", "--standalone", "--nproc_per_node", "2", "-m"]
     done = run(pool, *launch, *words, "--out", "two", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    one = select(f"{tmp_path}/lengths.py:Lengths", pool, budget=10, store=tmp_path / "one-store")
+    where = {"store": tmp_path / "one-store", "out": tmp_path / "one"}
+    one = select(f"{tmp_path}/lengths.py:Lengths", pool, budget=10, **where)
     two = Run.open(tmp_path / "two")
     assert two.rows.tolist() == one.rows.tolist() and two.scores == one.scores
 
