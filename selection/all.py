@@ -113,7 +113,7 @@ def _one_pass(
 ) -> float:
     """Seconds that the signals of all methods took, those that share a pass in one; 0 without a
     proxy."""
-    from selection.extract.loop import check_images, extract
+    from selection.extract.loop import extract
 
     passes: dict[Hashable, list[Signal]] = {}
     for signal in dict.fromkeys(signal for job in jobs for signal in _of_proxy(job.method)):
@@ -122,7 +122,6 @@ def _one_pass(
     if not passes:
         return 0.0
     begun, rows = time.monotonic(), np.arange(len(pool))
-    check_images(pool, rows, where.images)
     for signals in passes.values():
         extract(signals, model, pool, rows, where, proxy)
     return time.monotonic() - begun
